@@ -1,1 +1,301 @@
-//! Relays escrow events.
+//! Turns the events of escrow contracts on an EVM chain into Google Pub/Sub messages: none lost, in order per escrow.
+//!
+//! # The way of an event
+//!
+//! ```text
+//! chain ──rpc──▶ scan ──▶ event ──▶ store ─────▶ publish ──▶ pubsub
+//!                plan      decode    registry      lanes       ack
+//!                link      encode    event log                 │
+//!                fork                cursor   ◀────────────────┘ watermark
+//! ```
+//!
+//! [`scan`] decides what to read next and asks [`rpc`] for it, many calls in one round trip. [`event`] decodes and
+//! encodes each log once. [`store`] commits registry, event log and cursor in one transaction. [`publish`] walks the
+//! event log, one ordered lane per escrow, and hands it to [`pubsub`]; an entry is done when the sink acknowledged
+//! it and the store committed that. `scan` and `publish` meet only in the store.
+//!
+//! # The promise
+//!
+//! Every event of a registered escrow in a block the relayer accepted is published at least once, and the first
+//! occurrences of one escrow's messages are in chain order. Repeats happen only for messages handed to the sink whose
+//! acknowledgement was not yet committed (at most `sink.max_outstanding`), as a contiguous run, with the same
+//! `event_id` and the same bytes. A message is withdrawn (`Retracted`) exactly when its own block leaves the chain.
+
+pub mod check;
+pub mod config;
+pub mod event;
+pub mod publish;
+pub mod pubsub;
+pub mod rpc;
+pub mod scan;
+pub mod store;
+pub mod telemetry;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use thiserror::Error;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use config::{Config, SinkKind};
+use event::Signatures;
+use publish::{PublishError, Publisher, Sink};
+use pubsub::ConfiguredSink;
+use rpc::Rpc;
+use scan::{ScanError, Scanner, Until};
+use store::{Identity, Store, StoreError};
+
+/// What stopping may take for messages under way to be acknowledged: with the last commit it fits into 8 s.
+const DRAIN: Duration = Duration::from_secs(6);
+/// How often a paused reader looks whether there is room again.
+const ROOM: Duration = Duration::from_millis(200);
+
+/// Why a relay did not start, or ended.
+#[derive(Debug, Error)]
+pub enum RelayError {
+    /// The configured signatures do not make a set.
+    #[error("the configured events cannot be used: {0}")]
+    Signatures(#[from] event::SignatureError),
+    /// The store.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The sink cannot be set up.
+    #[error(transparent)]
+    Sink(#[from] pubsub::SetupError),
+    /// The HTTP client cannot be set up.
+    #[error("the RPC client cannot be set up: {0}")]
+    Rpc(#[from] reqwest::Error),
+    /// Reading ended.
+    #[error(transparent)]
+    Scan(#[from] ScanError),
+    /// Publishing ended.
+    #[error(transparent)]
+    Publish(#[from] PublishError),
+}
+
+impl RelayError {
+    /// Whether only a change of configuration can help: a restart alone cannot.
+    pub fn is_configuration(&self) -> bool {
+        match self {
+            Self::Signatures(_) | Self::Sink(_) | Self::Scan(ScanError::WrongChain(_)) => true,
+            Self::Store(error)
+            | Self::Scan(ScanError::Store(error))
+            | Self::Publish(PublishError::Store(error)) => error.is_configuration(),
+            Self::Rpc(_) | Self::Publish(PublishError::Closed(_)) => false,
+        }
+    }
+}
+
+/// How a relay ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// Everything up to the requested block is acknowledged.
+    Complete,
+    /// Asked to stop; what was under way is acknowledged, or will be sent again.
+    Stopped,
+    /// Everything is acknowledged but what these lanes hold: lane and reason.
+    Blocked(Vec<(String, String)>),
+}
+
+/// A relay ready to run: configuration checked, store open.
+pub struct Relay {
+    config: Config,
+    signatures: Arc<Signatures>,
+    store: Arc<Store>,
+    rpc: Arc<Rpc>,
+    sink: Arc<ConfiguredSink>,
+}
+
+impl Relay {
+    /// Opens the store and sets up the clients. Calls nobody yet.
+    pub async fn open(config: Config) -> Result<Self, RelayError> {
+        let signatures = signatures(&config)?;
+        let store = Arc::new(Store::open(
+            &config.storage.path,
+            identity(&config, &signatures),
+            config.chain.start_block,
+        )?);
+        let rpc = Arc::new(Rpc::new(config.chain.id, &config.rpc)?);
+        let sink = Arc::new(ConfiguredSink::open(&config.sink).await?);
+        Ok(Self { config, signatures: Arc::new(signatures), store, rpc, sink })
+    }
+
+    /// The store, to look at.
+    pub fn store(&self) -> &Arc<Store> {
+        &self.store
+    }
+
+    /// Relays until the end asked for, or until `stop`.
+    pub async fn run(self, until: Until, stop: CancellationToken) -> Result<Ending, RelayError> {
+        let escrows = self.store.registry().len();
+        info!(escrows, "Loaded {escrows} escrows from checkpoint");
+        info!(
+            next_block = self.store.next_block(),
+            waiting = self.store.waiting(),
+            epoch = self.store.epoch(),
+            sink = self.sink.name(),
+            "Relaying from block {} on",
+            self.store.next_block()
+        );
+        // Either side's end, good or bad, must reach the other.
+        let stop = stop.child_token();
+        let read = CancellationToken::new();
+        let scanner = Scanner::new(
+            Arc::clone(&self.rpc),
+            Arc::clone(&self.store),
+            self.signatures,
+            &self.config,
+            until,
+        );
+        let publisher = Publisher::new(self.sink, Arc::clone(&self.store), &self.config.sink);
+        let max_waiting = self.config.ledger.max_waiting.get();
+        let scanning = tokio::spawn(scan_loop(
+            scanner,
+            Arc::clone(&self.store),
+            self.config.chain.poll_interval,
+            max_waiting,
+            stop.clone(),
+            read.clone(),
+        ));
+        let publishing = tokio::spawn(publish_loop(publisher, stop.clone(), read));
+        let (scanned, published) = tokio::join!(joined(scanning), joined(publishing));
+        scanned?;
+        let ending = published?;
+        info!(
+            waiting = self.store.waiting(),
+            "Stopped at block {}",
+            self.store.next_block().saturating_sub(1)
+        );
+        Ok(ending)
+    }
+}
+
+/// The events the configuration names.
+pub fn signatures(config: &Config) -> Result<Signatures, event::SignatureError> {
+    let (factory, escrow) = (&config.factory, &config.escrow);
+    Signatures::new(&factory.events, &factory.child, &escrow.events, &escrow.terminal)
+}
+
+/// What a store of this configuration is made for.
+pub fn identity(config: &Config, signatures: &Signatures) -> Identity {
+    let sink = match &config.sink.kind {
+        SinkKind::Pubsub { project, topic, .. } => format!("Pub/Sub {}", pubsub::topic_name(project, topic)),
+        SinkKind::Stdout => "stdout".to_owned(),
+        SinkKind::File { path } => format!("file {}", path.display()),
+    };
+    let ordering = match config.sink.ordering {
+        config::Ordering::Escrow => "escrow".to_owned(),
+        config::Ordering::Bucket(buckets) => format!("bucket:{buckets}"),
+        config::Ordering::None => "none".to_owned(),
+    };
+    Identity {
+        chain_id: config.chain.id,
+        factory: config.factory.address,
+        signatures: signatures.identity().to_vec(),
+        sink,
+        ordering,
+    }
+}
+
+async fn joined<T>(task: JoinHandle<T>) -> T {
+    match task.await {
+        Ok(result) => result,
+        Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
+    }
+}
+
+/// Steps the scanner until it is done (`read` tells) or `stop`.
+async fn scan_loop(
+    mut scanner: Scanner<Rpc>,
+    store: Arc<Store>,
+    poll_interval: Duration,
+    max_waiting: u64,
+    stop: CancellationToken,
+    read: CancellationToken,
+) -> Result<(), RelayError> {
+    let scanned = async {
+        loop {
+            wait_for_room(&store, max_waiting).await;
+            match scanner.step().await? {
+                scan::Step::Progress => {}
+                scan::Step::Idle => tokio::time::sleep(poll_interval).await,
+                scan::Step::Wait(pause) => tokio::time::sleep(pause).await,
+                scan::Step::Done => return Ok(()),
+            }
+        }
+    };
+    let result = tokio::select! {
+        biased;
+        () = stop.cancelled() => return Ok(()),
+        result = scanned => result,
+    };
+    match result {
+        Ok(()) => read.cancel(),
+        Err(_) => stop.cancel(),
+    }
+    result
+}
+
+/// Reading pauses while too much waits to be published.
+async fn wait_for_room(store: &Store, max_waiting: u64) {
+    if store.waiting() < max_waiting {
+        return;
+    }
+    warn!(waiting = store.waiting(), max_waiting, "Too many events wait to be published: reading pauses");
+    while store.waiting() >= max_waiting {
+        tokio::time::sleep(ROOM).await;
+    }
+    info!(waiting = store.waiting(), "There is room again: reading goes on");
+}
+
+/// Steps the publisher until everything read is published, or `stop`; then lets what is under way finish.
+async fn publish_loop<S: Sink>(
+    mut publisher: Publisher<S>,
+    stop: CancellationToken,
+    read: CancellationToken,
+) -> Result<Ending, RelayError> {
+    let published = tokio::select! {
+        biased;
+        () = stop.cancelled() => None,
+        published = publish_all(&mut publisher, &read) => Some(published),
+    };
+    match published {
+        None => match tokio::time::timeout(DRAIN, publisher.drain()).await {
+            Ok(drained) => drained.map(|()| Ending::Stopped).map_err(Into::into),
+            Err(_) => {
+                warn!("Messages under way were not acknowledged in time: they will be sent again");
+                Ok(Ending::Stopped)
+            }
+        },
+        Some(Err(error)) => {
+            stop.cancel();
+            Err(error.into())
+        }
+        Some(Ok(())) => match publisher.blocked() {
+            blocked if blocked.is_empty() => Ok(Ending::Complete),
+            blocked => Ok(Ending::Blocked(blocked)),
+        },
+    }
+}
+
+async fn publish_all<S: Sink>(
+    publisher: &mut Publisher<S>,
+    read: &CancellationToken,
+) -> Result<(), PublishError> {
+    loop {
+        let all_read = read.is_cancelled();
+        let pause = match publisher.step().await? {
+            publish::Step::Progress => continue,
+            _ if all_read && publisher.is_drained() => return Ok(()),
+            publish::Step::Idle => None,
+            publish::Step::Wait(pause) => Some(pause),
+        };
+        tokio::select! {
+            () = publisher.appended() => {}
+            () = tokio::time::sleep(pause.unwrap_or_default()), if pause.is_some() => {}
+            () = read.cancelled(), if !all_read => {}
+        }
+    }
+}

@@ -1,1 +1,165 @@
-fn main(){}
+//! The command line: arguments, signals, exit codes.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, anyhow};
+use clap::{Args, Parser, Subcommand};
+use relayer::config::{Config, Effective, Sources};
+use relayer::scan::Until;
+use relayer::{Ending, Relay, check, telemetry};
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info};
+
+const FAULT: u8 = 1;
+const CONFIGURATION: u8 = 2;
+
+/// Turns the events of escrow contracts on an EVM chain into Google Pub/Sub messages: none lost, in order per escrow.
+///
+/// Without a command it runs. Configuration comes from ./relayer.toml (or --config), then from the variables
+/// CHAIN_ID, START_BLOCK, CONTRACT_ADDRESS, RPC_URL, PUBSUB_PROJECT_ID, PUBSUB_TOPIC_ID, PUBSUB_EMULATOR_HOST and
+/// RELAYER_<SECTION>__<KEY>, then from --set; later wins. `relayer config` shows what came out of it.
+#[derive(Parser)]
+#[command(
+    version,
+    after_help = "Exit codes: 0 done or stopped; 1 a fault, try again; 2 usage or configuration.\n\
+    Messages for people go to standard error (RUST_LOG=debug for more), data to standard output."
+)]
+struct Cli {
+    #[command(flatten)]
+    options: Options,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Args)]
+struct Options {
+    /// The configuration file; it must exist. Default: ./relayer.toml if it is there.
+    #[arg(long, value_name = "FILE", global = true)]
+    config: Option<PathBuf>,
+    /// Sets one configuration key, above all other sources: --set chain.confirmations=0
+    #[arg(long = "set", value_name = "KEY=VALUE", global = true, value_parser = key_value)]
+    overrides: Vec<(String, String)>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Relays until SIGTERM or SIGINT, then finishes what is under way and stops within 8 s.
+    Run {
+        /// Stop when everything up to there is acknowledged: `head` (the head less chain.confirmations, as it is at
+        /// the start) or a block number (waited for, if it is not there yet).
+        #[arg(long, value_name = "head|BLOCK", value_parser = until)]
+        until: Option<Until>,
+    },
+    /// Tries everything a run needs and prints a line for each; exit 1 if something would not work.
+    Check,
+    /// Prints the effective configuration, each value with where it came from; secrets are hidden.
+    Config,
+}
+
+fn key_value(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text.split_once('=').ok_or("write it as KEY=VALUE, as in chain.confirmations=0")?;
+    Ok((key.trim().to_owned(), value.trim().to_owned()))
+}
+
+fn until(text: &str) -> Result<Until, String> {
+    match text {
+        "head" => Ok(Until::Head),
+        number => number
+            .parse()
+            .map(Until::Block)
+            .map_err(|_| "give `head` or the number of the last block".to_owned()),
+    }
+}
+
+/// A message and the exit code that goes with it.
+struct Failure {
+    code: u8,
+    error: anyhow::Error,
+}
+
+impl From<anyhow::Error> for Failure {
+    fn from(error: anyhow::Error) -> Self {
+        Self { code: FAULT, error }
+    }
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match execute(cli) {
+        Ok(code) => code,
+        Err(Failure { code, error }) => {
+            eprintln!("error: {error:#}");
+            ExitCode::from(code)
+        }
+    }
+}
+
+fn execute(cli: Cli) -> Result<ExitCode, Failure> {
+    let command = cli.command.unwrap_or(Command::Run { until: None });
+    let sources = Sources::from_env(cli.options.config, cli.options.overrides);
+    let (config, effective) =
+        Config::load(&sources).map_err(|error| Failure { code: CONFIGURATION, error: error.into() })?;
+    telemetry::init_logs(config.log.format);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context("the runtime cannot be started")?;
+    let result = match command {
+        Command::Config => show(&effective),
+        Command::Check => Ok(runtime.block_on(check_all(&config))),
+        Command::Run { until } => runtime.block_on(run(config, until.unwrap_or(Until::Forever))),
+    };
+    // A write that hangs must not hold up the exit.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    result
+}
+
+fn show(effective: &Effective) -> Result<ExitCode, Failure> {
+    use std::io::Write;
+    write!(std::io::stdout(), "{effective}").context("standard output cannot be written")?;
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn check_all(config: &Config) -> ExitCode {
+    let good = check::check(config, |finding| println!("{finding}")).await;
+    if good { ExitCode::SUCCESS } else { ExitCode::from(FAULT) }
+}
+
+async fn run(config: Config, until: Until) -> Result<ExitCode, Failure> {
+    let stop = stop_on_signal()?;
+    let fail = |error: relayer::RelayError| {
+        let code = if error.is_configuration() { CONFIGURATION } else { FAULT };
+        Failure { code, error: error.into() }
+    };
+    let relay = Relay::open(config).await.map_err(fail)?;
+    match relay.run(until, stop).await.map_err(fail)? {
+        Ending::Complete | Ending::Stopped => Ok(ExitCode::SUCCESS),
+        Ending::Blocked(lanes) => {
+            for (lane, reason) in &lanes {
+                error!(%lane, %reason, "Still blocked");
+            }
+            Err(anyhow!("{} lanes are blocked: their messages are kept and wait in the store", lanes.len())
+                .into())
+        }
+    }
+}
+
+/// Cancelled at the first SIGTERM or SIGINT.
+fn stop_on_signal() -> Result<CancellationToken, Failure> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let stop = CancellationToken::new();
+    let mut terminate = signal(SignalKind::terminate()).context("SIGTERM cannot be handled")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT cannot be handled")?;
+    let stopping = stop.clone();
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        info!("Stopping: finishing what is under way");
+        stopping.cancel();
+    });
+    Ok(stop)
+}

@@ -1,0 +1,263 @@
+//! `relayer check`: tries everything a run needs, without relaying anything.
+
+use std::fmt;
+use std::path::Path;
+use std::sync::Arc;
+
+use alloy::primitives::Address;
+
+use crate::config::{Config, SinkKind};
+use crate::event::{BlockRange, Header};
+use crate::pubsub::{Lines, find_topic};
+use crate::rpc::{Refusing, Rpc};
+use crate::scan::{Answer, BlockTag, Call, LogFilter, Refused, Span};
+use crate::store::Store;
+use crate::{identity, signatures};
+
+/// One thing tried.
+#[derive(Clone, Debug)]
+pub struct Finding {
+    /// Whether a run can rely on it.
+    pub outcome: Outcome,
+    /// What was tried.
+    pub name: String,
+    /// What was found, and what to do.
+    pub detail: String,
+}
+
+/// How it went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// As a run needs it.
+    Good,
+    /// A run copes, or waits.
+    Notable,
+    /// A run would not work.
+    Bad,
+}
+
+impl fmt::Display for Finding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mark = match self.outcome {
+            Outcome::Good => "ok  ",
+            Outcome::Notable => "note",
+            Outcome::Bad => "FAIL",
+        };
+        write!(f, "{mark}  {}: {}", self.name, self.detail)
+    }
+}
+
+fn finding(outcome: Outcome, name: impl Into<String>, detail: impl Into<String>) -> Finding {
+    Finding { outcome, name: name.into(), detail: detail.into() }
+}
+
+/// Tries everything, telling each finding as it comes. `true`: a run can start.
+pub async fn check(config: &Config, mut tell: impl FnMut(&Finding)) -> bool {
+    let mut all_good = true;
+    let mut say = |found: Finding| {
+        all_good &= found.outcome != Outcome::Bad;
+        tell(&found);
+    };
+    say(match signatures(config) {
+        Ok(signatures) => {
+            finding(Outcome::Good, "events", format!("{} signatures", signatures.identity().len()))
+        }
+        Err(error) => finding(Outcome::Bad, "events", error.to_string()),
+    });
+    match Rpc::new(config.chain.id, &config.rpc) {
+        Ok(rpc) => {
+            for provider in 0..config.rpc.urls.len() {
+                for found in check_provider(config, &rpc, provider).await {
+                    say(found);
+                }
+            }
+        }
+        Err(error) => say(finding(Outcome::Bad, "rpc", error.to_string())),
+    }
+    say(check_storage(config));
+    say(check_sink(config).await);
+    all_good
+}
+
+async fn check_provider(config: &Config, rpc: &Rpc, provider: usize) -> Vec<Finding> {
+    let url = &config.rpc.urls[provider];
+    let name = |what: &str| format!("rpc {url} {what}");
+    let calls = [
+        Call::Header(BlockTag::Latest),
+        Call::Header(BlockTag::Finalized),
+        Call::Code(config.factory.address),
+    ];
+    let outcomes = match rpc.try_once(provider, &calls).await {
+        Ok(outcomes) => outcomes,
+        Err(wrong) => return vec![finding(Outcome::Bad, name("chain id"), wrong.to_string())],
+    };
+    let mut outcomes = outcomes.into_iter();
+    let head = match outcomes.next() {
+        Some(Ok(answer)) => answer.header(),
+        Some(Err(refusing)) => return vec![finding(Outcome::Bad, name("answers"), refusing.message)],
+        None => None,
+    };
+    let Some(head) = head else {
+        return vec![finding(Outcome::Bad, name("answers"), "it has no latest block")];
+    };
+    let mut found = vec![finding(Outcome::Good, name("chain id"), format!("{}", config.chain.id))];
+    found.push(check_head(config, name("head"), head));
+    found.push(match outcomes.next() {
+        Some(Ok(Answer::Header(Some(header)))) => {
+            finding(Outcome::Good, name("finalized"), format!("block {}", header.block.number))
+        }
+        _ => {
+            let depth = config.chain.finality_depth;
+            finding(
+                Outcome::Notable,
+                name("finalized"),
+                format!("unknown: {depth} blocks below the head count as final"),
+            )
+        }
+    });
+    found.push(match outcomes.next() {
+        Some(Ok(Answer::Code(true))) => {
+            finding(Outcome::Good, name("factory"), format!("{:#x} has code", config.factory.address))
+        }
+        Some(Ok(_)) | None => finding(
+            Outcome::Bad,
+            name("factory"),
+            format!(
+                "factory.address {:#x} has no code on chain {}: a wrong address, or a node still syncing",
+                config.factory.address, config.chain.id
+            ),
+        ),
+        Some(Err(refusing)) => finding(Outcome::Bad, name("factory"), refusing.message),
+    });
+    found.push(check_range(config, rpc, provider, head, name("range")).await);
+    found.push(check_addresses(config, rpc, provider, head, name("addresses")).await);
+    found
+}
+
+fn check_head(config: &Config, name: String, head: Header) -> Finding {
+    let number = head.block.number;
+    match config.chain.start_block {
+        Some(start) if start > number => finding(
+            Outcome::Notable,
+            name,
+            format!("block {number}, below chain.start_block {start}: a run waits for it"),
+        ),
+        _ => finding(Outcome::Good, name, format!("block {number}")),
+    }
+}
+
+/// Whether the provider takes `rpc.max_range` blocks in one request.
+async fn check_range(config: &Config, rpc: &Rpc, provider: usize, head: Header, name: String) -> Finding {
+    let to = head.block.number;
+    let from = to.saturating_sub(config.rpc.max_range.get() - 1);
+    let range = BlockRange::new(from, to).expect("from is not above to");
+    let blocks = range.blocks();
+    let filter = filter(config, Span::Range(range), vec![config.factory.address]);
+    match try_logs(rpc, provider, filter).await {
+        Ok(()) => finding(Outcome::Good, name, format!("{blocks} blocks in one request")),
+        Err(text) => finding(
+            Outcome::Notable,
+            name,
+            format!("{blocks} blocks are refused ({text}): a run asks for fewer"),
+        ),
+    }
+}
+
+/// Whether the provider takes `rpc.max_addresses` addresses in one filter.
+async fn check_addresses(config: &Config, rpc: &Rpc, provider: usize, head: Header, name: String) -> Finding {
+    let count = config.rpc.max_addresses.get();
+    let mut addresses = vec![config.factory.address];
+    addresses.extend((1..count).map(|number| Address::left_padding_from(&number.to_be_bytes())));
+    let filter = filter(config, Span::Block(head.block.hash), addresses);
+    match try_logs(rpc, provider, filter).await {
+        Ok(()) => finding(Outcome::Good, name, format!("{count} addresses in one filter")),
+        Err(text) => finding(
+            Outcome::Notable,
+            name,
+            format!("{count} addresses are refused ({text}): a run asks for fewer"),
+        ),
+    }
+}
+
+fn filter(config: &Config, span: Span, addresses: Vec<Address>) -> LogFilter {
+    let topics: Vec<_> =
+        config.factory.events.iter().chain(&config.escrow.events).map(|event| event.selector()).collect();
+    LogFilter { span, addresses, topics: Arc::from(topics) }
+}
+
+async fn try_logs(rpc: &Rpc, provider: usize, filter: LogFilter) -> Result<(), String> {
+    let outcomes =
+        rpc.try_once(provider, &[Call::Logs(filter)]).await.map_err(|wrong: Refused| wrong.to_string())?;
+    match outcomes.into_iter().next() {
+        Some(Err(Refusing { message, .. })) => Err(message),
+        Some(Ok(_)) | None => Ok(()),
+    }
+}
+
+fn check_storage(config: &Config) -> Finding {
+    let path = &config.storage.path;
+    let name = format!("storage {}", path.display());
+    if !path.exists() {
+        return match (config.chain.start_block, writable(path)) {
+            (None, _) => finding(
+                Outcome::Bad,
+                name,
+                "new, and chain.start_block is not set: set it to the block that deployed the factory",
+            ),
+            (Some(start), Ok(())) => {
+                finding(Outcome::Good, name, format!("new: reading will start at block {start}"))
+            }
+            (Some(_), Err(error)) => finding(
+                Outcome::Bad,
+                name,
+                format!("cannot be created: {error}; give storage.path a writable directory"),
+            ),
+        };
+    }
+    let signatures = match signatures(config) {
+        Ok(signatures) => signatures,
+        Err(error) => return finding(Outcome::Bad, name, error.to_string()),
+    };
+    match Store::open(path, identity(config, &signatures), config.chain.start_block) {
+        Ok(store) => {
+            let escrows = store.registry().len();
+            finding(
+                Outcome::Good,
+                name,
+                format!(
+                    "next block {}, {escrows} escrows, {} events wait",
+                    store.next_block(),
+                    store.waiting()
+                ),
+            )
+        }
+        Err(error) => finding(Outcome::Bad, name, error.to_string()),
+    }
+}
+
+/// Whether a file could be made there; none is left behind.
+fn writable(path: &Path) -> std::io::Result<()> {
+    let mut probe = path.as_os_str().to_owned();
+    probe.push(format!(".check-{}", std::process::id()));
+    std::fs::File::create_new(&probe)?;
+    std::fs::remove_file(&probe)
+}
+
+async fn check_sink(config: &Config) -> Finding {
+    match &config.sink.kind {
+        SinkKind::Stdout => finding(Outcome::Good, "sink", "standard output"),
+        SinkKind::File { path } => {
+            let name = format!("sink {}", path.display());
+            let existing = path.exists();
+            let tried = if existing { Lines::file(path).map(|_| ()) } else { writable(path) };
+            match tried {
+                Ok(()) => finding(Outcome::Good, name, "can be written"),
+                Err(error) => finding(Outcome::Bad, name, format!("cannot be written: {error}")),
+            }
+        }
+        SinkKind::Pubsub { .. } => match find_topic(&config.sink).await {
+            Ok(detail) => finding(Outcome::Good, "sink Pub/Sub", detail),
+            Err(detail) => finding(Outcome::Bad, "sink Pub/Sub", detail),
+        },
+    }
+}

@@ -1,0 +1,300 @@
+//! The message as consumers read it: body and attributes.
+
+use std::io::Write;
+
+use alloy::dyn_abi::DynSolValue;
+use alloy::json_abi::{Event as AbiEvent, Param};
+use alloy::primitives::{Address, B256, hex};
+use serde_json::value::RawValue;
+
+use super::Log;
+
+/// Version of the body's layout.
+pub const SCHEMA_VERSION: u32 = 1;
+
+/// Top-level names that an event's own argument never overwrites.
+const ENVELOPE: [&str; 14] = [
+    "schema_version",
+    "event_id",
+    "sequence",
+    "chain_id",
+    "contract_address",
+    "event_name",
+    "block_number",
+    "block_hash",
+    "block_timestamp",
+    "timestamp",
+    "transaction_hash",
+    "transaction_index",
+    "log_index",
+    "args",
+];
+
+/// Names one log in one block: mined again in another block it is another event.
+pub fn event_id(chain_id: u64, block_hash: &B256, log_index: u64) -> String {
+    format!("{chain_id}:{block_hash}:{log_index}")
+}
+
+/// The id of the message that withdraws `retracted`.
+pub fn retraction_id(retracted: &str, sequence: u64) -> String {
+    format!("{retracted}:retracted:{sequence}")
+}
+
+/// A decoded log and its context, about to become a [`Body`].
+pub(super) struct Fields<'a> {
+    pub chain_id: u64,
+    pub log: &'a Log,
+    pub timestamp: u64,
+    pub event: &'a AbiEvent,
+    pub names: &'a [String],
+    pub values: &'a [DynSolValue],
+}
+
+/// An encoded message body with a gap where the sequence number goes.
+///
+/// Everything else is known when the log is decoded; the sequence only in the commit that stores it.
+#[derive(Clone, Debug)]
+pub struct Body {
+    bytes: Vec<u8>,
+    gap: usize,
+}
+
+impl Body {
+    pub(super) fn new(fields: &Fields<'_>) -> Self {
+        let log = fields.log;
+        let id = event_id(fields.chain_id, &log.block.hash, log.log_index);
+        let mut bytes = Vec::with_capacity(1024);
+        put(
+            &mut bytes,
+            format_args!("{{\"schema_version\":{SCHEMA_VERSION},\"event_id\":\"{id}\",\"sequence\":"),
+        );
+        let gap = bytes.len();
+        let time = rfc3339(fields.timestamp);
+        put(
+            &mut bytes,
+            format_args!(
+                ",\"chain_id\":{},\"contract_address\":\"{:#x}\",\"event_name\":",
+                fields.chain_id, log.address
+            ),
+        );
+        json_string(&mut bytes, &fields.event.name);
+        put(
+            &mut bytes,
+            format_args!(
+                ",\"block_number\":{},\"block_hash\":\"{}\",\"block_timestamp\":\"{time}\",\"timestamp\":\"{time}\",\
+                 \"transaction_hash\":\"{}\",\"transaction_index\":{},\"log_index\":{},\"args\":{{",
+                log.block.number, log.block.hash, log.transaction_hash, log.transaction_index, log.log_index
+            ),
+        );
+        let arguments = bytes.len();
+        for (index, name) in fields.names.iter().enumerate() {
+            if index > 0 {
+                bytes.push(b',');
+            }
+            argument(&mut bytes, fields, index, name);
+        }
+        let arguments = arguments..bytes.len();
+        bytes.push(b'}');
+        flatten(&mut bytes, fields, arguments);
+        bytes.push(b'}');
+        Self { bytes, gap }
+    }
+
+    /// The finished bytes: what is stored, and what is sent.
+    pub fn finish(&self, sequence: u64) -> Vec<u8> {
+        let number = sequence.to_string();
+        let mut finished = Vec::with_capacity(self.bytes.len() + number.len());
+        finished.extend_from_slice(&self.bytes[..self.gap]);
+        finished.extend_from_slice(number.as_bytes());
+        finished.extend_from_slice(&self.bytes[self.gap..]);
+        finished
+    }
+
+    /// Size without the sequence, in bytes.
+    pub fn len(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// Never: a body always has its envelope.
+    pub fn is_empty(&self) -> bool {
+        self.bytes.is_empty()
+    }
+}
+
+/// Every argument once more at the top level, except where the envelope has the name already: consumers of
+/// both generations exist.
+fn flatten(bytes: &mut Vec<u8>, fields: &Fields<'_>, arguments: std::ops::Range<usize>) {
+    let collides = fields.names.iter().any(|name| ENVELOPE.contains(&name.as_str()));
+    if !collides {
+        if !arguments.is_empty() {
+            bytes.push(b',');
+            bytes.extend_from_within(arguments);
+        }
+        return;
+    }
+    for (index, name) in fields.names.iter().enumerate() {
+        if !ENVELOPE.contains(&name.as_str()) {
+            bytes.push(b',');
+            argument(bytes, fields, index, name);
+        }
+    }
+}
+
+fn argument(bytes: &mut Vec<u8>, fields: &Fields<'_>, index: usize, name: &str) {
+    json_string(bytes, name);
+    bytes.push(b':');
+    value(bytes, &fields.values[index], &fields.event.inputs[index].components);
+}
+
+/// Integers of any width as decimal strings: JSON numbers lose digits above 2^53.
+fn value(bytes: &mut Vec<u8>, of: &DynSolValue, components: &[Param]) {
+    match of {
+        DynSolValue::Bool(it) => put(bytes, format_args!("{it}")),
+        DynSolValue::Int(it, _) => put(bytes, format_args!("\"{it}\"")),
+        DynSolValue::Uint(it, _) => put(bytes, format_args!("\"{it}\"")),
+        DynSolValue::FixedBytes(word, size) => hex_string(bytes, &word[..*size]),
+        DynSolValue::Address(it) => hex_string(bytes, it.as_slice()),
+        DynSolValue::Function(it) => hex_string(bytes, it.as_slice()),
+        DynSolValue::Bytes(it) => hex_string(bytes, it),
+        DynSolValue::String(it) => json_string(bytes, it),
+        DynSolValue::Array(items) | DynSolValue::FixedArray(items) => {
+            sequence(bytes, b"[]", items, |bytes, _, item| value(bytes, item, components));
+        }
+        DynSolValue::Tuple(items) => tuple(bytes, items, components),
+    }
+}
+
+/// An object where every component has a name of its own, else an array.
+fn tuple(bytes: &mut Vec<u8>, items: &[DynSolValue], components: &[Param]) {
+    let inner = |index: usize| components.get(index).map_or(&[][..], |component| &component.components);
+    let named =
+        components.len() == items.len() && components.iter().all(|component| !component.name.is_empty());
+    if named {
+        sequence(bytes, b"{}", items, |bytes, index, item| {
+            json_string(bytes, &components[index].name);
+            bytes.push(b':');
+            value(bytes, item, inner(index));
+        });
+    } else {
+        sequence(bytes, b"[]", items, |bytes, index, item| value(bytes, item, inner(index)));
+    }
+}
+
+fn sequence(
+    bytes: &mut Vec<u8>,
+    brackets: &[u8; 2],
+    items: &[DynSolValue],
+    mut each: impl FnMut(&mut Vec<u8>, usize, &DynSolValue),
+) {
+    bytes.push(brackets[0]);
+    for (index, item) in items.iter().enumerate() {
+        if index > 0 {
+            bytes.push(b',');
+        }
+        each(bytes, index, item);
+    }
+    bytes.push(brackets[1]);
+}
+
+fn put(bytes: &mut Vec<u8>, text: std::fmt::Arguments<'_>) {
+    bytes.write_fmt(text).expect("writing to memory");
+}
+
+fn json_string(bytes: &mut Vec<u8>, text: &str) {
+    serde_json::to_writer(bytes, text).expect("a string is JSON");
+}
+
+fn hex_string(bytes: &mut Vec<u8>, data: &[u8]) {
+    bytes.extend_from_slice(b"\"0x");
+    bytes.extend_from_slice(hex::encode(data).as_bytes());
+    bytes.push(b'"');
+}
+
+/// Seconds since 1970 as `2026-01-01T00:00:00Z`; a node's nonsense beyond the year 9999 becomes that year's end.
+fn rfc3339(seconds: u64) -> String {
+    const LAST: u64 = 253_402_300_799;
+    let time = std::time::UNIX_EPOCH + std::time::Duration::from_secs(seconds.min(LAST));
+    humantime::format_rfc3339_seconds(time).to_string()
+}
+
+/// The withdrawal of a message whose block left the chain.
+#[derive(Debug)]
+pub struct Retraction<'a> {
+    /// The id of the message withdrawn.
+    pub retracts: &'a str,
+    /// Its body.
+    pub retracted_event: &'a [u8],
+    /// The withdrawal's own sequence.
+    pub sequence: u64,
+    /// The chain.
+    pub chain_id: u64,
+    /// Who had emitted the event.
+    pub emitter: Address,
+}
+
+impl Retraction<'_> {
+    /// The body. No top-level field carries the original event's name, so that nobody mistakes it for the event.
+    pub fn encode(&self) -> Result<Vec<u8>, serde_json::Error> {
+        let original: &RawValue = serde_json::from_slice(self.retracted_event)?;
+        let id = retraction_id(self.retracts, self.sequence);
+        let mut bytes = Vec::with_capacity(self.retracted_event.len() + 512);
+        put(
+            &mut bytes,
+            format_args!(
+                "{{\"event_name\":\"Retracted\",\"event_id\":\"{id}\",\"retracts\":\"{}\",\"retracted_event\":{},\
+                 \"reason\":\"reorg\",\"sequence\":{},\"chain_id\":{},\"contract_address\":\"{:#x}\"}}",
+                self.retracts,
+                original.get(),
+                self.sequence,
+                self.chain_id,
+                self.emitter
+            ),
+        );
+        Ok(bytes)
+    }
+}
+
+/// What travels beside the body; all values are text.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Attributes {
+    /// What consumers route on: the event's name, or `Retracted`.
+    pub event_type: String,
+    /// The chain.
+    pub chain_id: u64,
+    /// Who emitted the log.
+    pub emitter: Address,
+    /// Whose life it is about.
+    pub escrow: Address,
+    /// The log's block.
+    pub block_number: u64,
+    /// The message's id.
+    pub event_id: String,
+    /// The message's place in its escrow's life.
+    pub sequence: u64,
+    /// The life of the store that numbered it.
+    pub epoch: u64,
+    /// Published after later ones of its escrow: outside the order promise.
+    pub late: bool,
+}
+
+impl Attributes {
+    /// Name and value of each.
+    pub fn pairs(&self) -> Vec<(&'static str, String)> {
+        let mut pairs = vec![
+            ("event_type", self.event_type.clone()),
+            ("event_name", self.event_type.clone()),
+            ("chain_id", self.chain_id.to_string()),
+            ("contract_address", format!("{:#x}", self.emitter)),
+            ("escrow", format!("{:#x}", self.escrow)),
+            ("block_number", self.block_number.to_string()),
+            ("event_id", self.event_id.clone()),
+            ("sequence", self.sequence.to_string()),
+            ("epoch", self.epoch.to_string()),
+            ("schema_version", SCHEMA_VERSION.to_string()),
+        ];
+        if self.late {
+            pairs.push(("late", "true".to_owned()));
+        }
+        pairs
+    }
+}

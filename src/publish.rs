@@ -1,0 +1,480 @@
+//! Publishing: from the event log to the sink, in order per lane, and what was acknowledged back into the store.
+//!
+//! Constraints it keeps:
+//!
+//! 1. A lane (one escrow, or one bucket of them) has one run of messages under way at a time, and the next begins
+//!    where the acknowledged part of the last one ended: nothing overtakes.
+//! 2. Messages handed to the sink whose acknowledgement is not committed number at most `sink.max_outstanding`:
+//!    after a crash no more than those are sent again.
+//! 3. An entry counts as done only after the sink acknowledged it *and* the store committed that.
+//! 4. A refused message blocks its own lane only; what looks like an outage is probed by one run at a time.
+
+mod lane;
+
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
+use thiserror::Error;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+use tracing::{error, info, warn};
+
+use crate::config;
+use crate::store::{Claimed, Entry, Store, StoreError};
+use lane::{Lane, LaneId};
+
+/// Messages of a lane handed over at once, at most: what one Pub/Sub request takes.
+const RUN_MESSAGES: usize = 1000;
+/// Bytes of a lane handed over at once, unless one message alone is larger.
+const RUN_BYTES: usize = 8 << 20;
+/// Blocked lanes may hold this many times `sink.max_outstanding` messages before claiming stops.
+const BLOCKED_WINDOWS: usize = 10;
+
+/// One message, complete.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Message {
+    /// Messages with one key are delivered in order; empty: no order.
+    pub ordering_key: String,
+    /// What travels beside the body.
+    pub attributes: Vec<(&'static str, String)>,
+    /// The body.
+    pub data: Bytes,
+}
+
+impl Message {
+    /// Its size on the wire, in bytes, without framing.
+    pub fn size(&self) -> usize {
+        let attributes: usize = self.attributes.iter().map(|(name, value)| name.len() + value.len()).sum();
+        self.ordering_key.len() + attributes + self.data.len()
+    }
+}
+
+/// Why a sink did not acknowledge.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum SinkError {
+    /// This message will not be taken as it is: too large, invalid. Provably not stored.
+    #[error("refused: {0}")]
+    Refused(String),
+    /// Nothing can be said about the message: no connection, no permission, no answer in time.
+    #[error("unavailable: {0}")]
+    Unavailable(String),
+    /// The sink is gone for good.
+    #[error("{0}")]
+    Closed(String),
+}
+
+/// What a sink made of a run: the first `acknowledged` messages are safe; the failure is of the one after them.
+#[derive(Debug)]
+pub struct Receipt {
+    /// How many, from the front.
+    pub acknowledged: usize,
+    /// Why not all.
+    pub failure: Option<SinkError>,
+}
+
+/// Where messages go.
+pub trait Sink: Send + Sync + 'static {
+    /// Hands over messages of one lane, in order. Makes one bounded attempt; returns when nothing of it is under
+    /// way any more.
+    fn publish(&self, run: Vec<Arc<Message>>) -> impl Future<Output = Receipt> + Send;
+
+    /// Whether messages keep one order altogether instead of one per escrow.
+    fn is_sequential(&self) -> bool;
+
+    /// Its name in logs: `Pub/Sub`.
+    fn name(&self) -> &'static str;
+}
+
+/// What a step came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// Something was handed over, acknowledged or committed: step again.
+    Progress,
+    /// Nothing to do until entries are appended.
+    Idle,
+    /// Nothing to do for this long, unless entries are appended.
+    Wait(Duration),
+}
+
+/// What ends publishing.
+#[derive(Debug, Error)]
+pub enum PublishError {
+    /// The store cannot go on.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The sink is gone.
+    #[error("the sink is gone: {0}")]
+    Closed(String),
+}
+
+type Finished = (LaneId, usize, Receipt);
+
+/// Publishes the event log, one step at a time.
+pub struct Publisher<S> {
+    sink: Arc<S>,
+    store: Arc<Store>,
+    ordering: config::Ordering,
+    max_outstanding: usize,
+    /// A run that takes longer than this is worth a warning.
+    patience: Duration,
+    lanes: HashMap<LaneId, Lane>,
+    /// Lanes with a message to send now, by the position of that message.
+    ready: BTreeSet<(u64, LaneId)>,
+    /// Lanes waiting to try again.
+    retries: BTreeSet<(Instant, LaneId)>,
+    in_flight: FuturesUnordered<Pin<Box<dyn Future<Output = Finished> + Send>>>,
+    /// Messages handed over and neither committed as acknowledged nor provably refused.
+    outstanding: usize,
+    /// Messages held in memory.
+    held: usize,
+    acknowledged: Vec<u64>,
+    committing: Option<(usize, JoinHandle<Result<(), StoreError>>)>,
+    outage: Option<Outage>,
+    /// Lanes whose last attempt found the sink unavailable.
+    failing: HashSet<LaneId>,
+    appended: watch::Receiver<u64>,
+    said_full: bool,
+}
+
+/// The sink answers nobody: one probe at a time.
+struct Outage {
+    since: Instant,
+    resume_at: Instant,
+    attempts: u32,
+}
+
+impl<S: Sink> Publisher<S> {
+    /// A publisher that continues at the store's watermark.
+    pub fn new(sink: Arc<S>, store: Arc<Store>, config: &config::Sink) -> Self {
+        Self {
+            appended: store.appended(),
+            sink,
+            store,
+            ordering: config.ordering,
+            max_outstanding: config.max_outstanding.get(),
+            patience: config.timeout * 2,
+            lanes: HashMap::new(),
+            ready: BTreeSet::new(),
+            retries: BTreeSet::new(),
+            in_flight: FuturesUnordered::new(),
+            outstanding: 0,
+            held: 0,
+            acknowledged: Vec::new(),
+            committing: None,
+            outage: None,
+            failing: HashSet::new(),
+            said_full: false,
+        }
+    }
+
+    /// Hands over what can be handed over, and follows up one thing that happened.
+    pub async fn step(&mut self) -> Result<Step, PublishError> {
+        self.refill().await?;
+        self.wake(Instant::now());
+        self.hand_over();
+        self.start_commit();
+        if self.in_flight.is_empty() && self.committing.is_none() {
+            return Ok(match self.next_try() {
+                _ if !self.store.all_claimed() && self.has_room() => Step::Progress,
+                Some(at) => Step::Wait(at.saturating_duration_since(Instant::now())),
+                None => Step::Idle,
+            });
+        }
+        let next_try = self.next_try();
+        let room = self.has_room();
+        tokio::select! {
+            Some((lane, sent, receipt)) = self.in_flight.next(), if !self.in_flight.is_empty() => {
+                self.finished(lane, sent, receipt)?;
+            }
+            result = commit_of(&mut self.committing) => self.committed(result)?,
+            changed = self.appended.changed(), if room => changed.expect("the store outlives its publisher"),
+            () = tokio::time::sleep_until(next_try.unwrap_or_else(Instant::now)), if next_try.is_some() => {}
+            () = tokio::time::sleep(self.patience) => self.complain(),
+        }
+        Ok(Step::Progress)
+    }
+
+    /// Waits for entries to be appended.
+    pub async fn appended(&mut self) {
+        self.appended.changed().await.expect("the store outlives its publisher");
+    }
+
+    /// Whether nothing is left to publish but what blocked lanes hold.
+    pub fn is_drained(&self) -> bool {
+        let busy = !self.in_flight.is_empty() || self.committing.is_some() || !self.acknowledged.is_empty();
+        !busy && self.store.all_claimed() && self.lanes.values().all(Lane::is_blocked)
+    }
+
+    /// Lanes whose first message is refused, with the reason.
+    pub fn blocked(&self) -> Vec<(String, String)> {
+        self.lanes
+            .iter()
+            .filter_map(|(id, lane)| lane.blocked().map(|reason| (id.to_string(), reason.to_owned())))
+            .collect()
+    }
+
+    /// Lets what is under way finish and commits its acknowledgements; hands over nothing more.
+    pub async fn drain(&mut self) -> Result<(), PublishError> {
+        loop {
+            self.start_commit();
+            if self.in_flight.is_empty() && self.committing.is_none() {
+                return Ok(());
+            }
+            tokio::select! {
+                Some((lane, sent, receipt)) = self.in_flight.next(), if !self.in_flight.is_empty() => {
+                    self.finished(lane, sent, receipt)?;
+                }
+                result = commit_of(&mut self.committing) => self.committed(result)?,
+            }
+        }
+    }
+
+    /// Claims entries from the log while there is room for them in memory.
+    async fn refill(&mut self) -> Result<(), PublishError> {
+        if !self.has_room() || self.store.all_claimed() {
+            return Ok(());
+        }
+        let room = self.window().saturating_sub(self.held).clamp(1, RUN_MESSAGES);
+        let store = Arc::clone(&self.store);
+        let claimed = match tokio::task::spawn_blocking(move || store.claim(room)).await {
+            Ok(claimed) => claimed?,
+            Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
+        };
+        for Claimed { position, entry } in claimed {
+            let id = LaneId::of(&entry, self.ordering, self.sink.is_sequential());
+            let message = Arc::new(self.message(&entry));
+            let lane = self.lanes.entry(id).or_default();
+            lane.push(position, message);
+            self.held += 1;
+            if lane.is_resting() {
+                self.ready.insert((lane.front().expect("just pushed"), id));
+            }
+        }
+        Ok(())
+    }
+
+    fn message(&self, entry: &Entry) -> Message {
+        Message {
+            ordering_key: lane::ordering_key(&entry.escrow, self.ordering),
+            attributes: entry.attributes(self.store.identity().chain_id).pairs(),
+            data: Bytes::copy_from_slice(&entry.body),
+        }
+    }
+
+    /// Messages to hold at most: enough to keep the sink busy, beside what blocked lanes keep from moving.
+    fn window(&self) -> usize {
+        let stuck: usize = self.lanes.values().filter(|lane| lane.is_blocked()).map(Lane::len).sum();
+        2 * self.max_outstanding + stuck.min(BLOCKED_WINDOWS * self.max_outstanding)
+    }
+
+    fn has_room(&mut self) -> bool {
+        // Without blocked lanes the window is the same for all: no need to count.
+        let room = self.held < 2 * self.max_outstanding || self.held < self.window();
+        let full = !room && self.held >= (2 + BLOCKED_WINDOWS) * self.max_outstanding;
+        if full && !std::mem::replace(&mut self.said_full, true) {
+            error!(
+                held = self.held,
+                "Blocked lanes hold as many messages as may be held: publishing stops behind them"
+            );
+        }
+        self.said_full &= full;
+        room
+    }
+
+    /// Lanes whose pause is over are ready again.
+    fn wake(&mut self, now: Instant) {
+        while let Some(&(at, id)) = self.retries.first()
+            && at <= now
+        {
+            self.retries.pop_first();
+            if let Some(front) = self.lanes.get_mut(&id).and_then(Lane::rest) {
+                self.ready.insert((front, id));
+            }
+        }
+    }
+
+    fn next_try(&self) -> Option<Instant> {
+        match &self.outage {
+            None => self.retries.first().map(|(at, _)| *at),
+            // The probe goes out when the outage's own pause is over, with whichever lane is first.
+            Some(_) if self.ready.is_empty() && self.retries.is_empty() => None,
+            Some(outage) if self.in_flight.is_empty() => Some(outage.resume_at),
+            Some(_) => None,
+        }
+    }
+
+    fn hand_over(&mut self) {
+        if let Some(outage) = &self.outage {
+            if self.in_flight.is_empty() && outage.resume_at <= Instant::now() {
+                if self.ready.is_empty()
+                    && let Some((_, id)) = self.retries.pop_first()
+                    && let Some(front) = self.lanes.get_mut(&id).and_then(Lane::rest)
+                {
+                    self.ready.insert((front, id));
+                }
+                if let Some((_, id)) = self.ready.pop_first() {
+                    self.send(id, 1);
+                }
+            }
+            return;
+        }
+        let mut starved = Vec::new();
+        while let Some((front, id)) = self.ready.pop_first() {
+            let room = self.max_outstanding - self.outstanding;
+            // What a lane may have under way, so that one that fails leaves room for the others.
+            let limit = self.lanes[&id].may_send(room, (self.max_outstanding / 2).max(1));
+            if limit == 0 {
+                starved.push((front, id));
+                // Without room only lanes that failed may go on; unless something is under way that will make room.
+                if room == 0 && !self.in_flight.is_empty() {
+                    break;
+                }
+                continue;
+            }
+            self.send(id, limit);
+        }
+        self.ready.extend(starved);
+    }
+
+    fn send(&mut self, id: LaneId, limit: usize) {
+        let lane = self.lanes.get_mut(&id).expect("a ready lane exists");
+        let before = lane.outstanding();
+        let run = lane.start_run(limit.min(RUN_MESSAGES), RUN_BYTES);
+        self.outstanding += lane.outstanding() - before;
+        let (sink, sent) = (Arc::clone(&self.sink), run.len());
+        self.in_flight.push(Box::pin(async move { (id, sent, sink.publish(run).await) }));
+    }
+
+    fn finished(&mut self, id: LaneId, sent: usize, receipt: Receipt) -> Result<(), PublishError> {
+        let lane = self.lanes.get_mut(&id).expect("a lane with a run under way exists");
+        let done = lane.finish_run(receipt.acknowledged);
+        self.held -= done.len();
+        self.acknowledged.extend(done);
+        if receipt.acknowledged > 0 {
+            if lane.succeeded() {
+                info!(lane = %id, "Lane unblocked: its message was taken");
+            }
+            self.failing.clear();
+            self.end_outage();
+        }
+        let lane = self.lanes.get_mut(&id).expect("still there");
+        match receipt.failure {
+            None => {}
+            Some(SinkError::Closed(reason)) => return Err(PublishError::Closed(reason)),
+            Some(SinkError::Refused(reason)) => {
+                // A refused request was not stored: its messages cannot come twice.
+                self.outstanding -= lane.forget_outstanding();
+                let alone = sent - receipt.acknowledged == 1;
+                let (pause, newly) = lane.refused(&reason, alone);
+                if newly {
+                    error!(lane = %id, %reason, "Lane blocked: its message is refused; the others go on");
+                }
+                self.retries.insert((Instant::now() + pause, id));
+                return Ok(());
+            }
+            Some(SinkError::Unavailable(reason)) => {
+                let pause = lane.unavailable();
+                self.retries.insert((Instant::now() + pause, id));
+                self.failing.insert(id);
+                self.suspect_outage(id, &reason);
+                return Ok(());
+            }
+        }
+        match lane.rest() {
+            Some(front) => {
+                self.ready.insert((front, id));
+            }
+            None => {
+                self.lanes.remove(&id);
+            }
+        }
+        Ok(())
+    }
+
+    /// Several lanes failing, or the only one there is, looks like an outage.
+    fn suspect_outage(&mut self, id: LaneId, reason: &str) {
+        let now = Instant::now();
+        if let Some(outage) = &mut self.outage {
+            outage.attempts += 1;
+            outage.resume_at = now + lane::pause(outage.attempts);
+            return;
+        }
+        if self.failing.len() >= 2 || self.failing.len() == self.lanes.len() {
+            warn!(sink = self.sink.name(), %reason, waiting = self.store.waiting(),
+                "{} is unavailable: messages wait in order until it answers", self.sink.name());
+            self.outage = Some(Outage { since: now, resume_at: now + lane::pause(1), attempts: 1 });
+        } else if self.lanes[&id].attempts() == 1 {
+            warn!(sink = self.sink.name(), lane = %id, %reason, "A lane could not be published: trying again");
+        }
+    }
+
+    fn end_outage(&mut self) {
+        let Some(outage) = self.outage.take() else {
+            return;
+        };
+        let seconds = outage.since.elapsed().as_secs_f64();
+        info!(sink = self.sink.name(), seconds, "{} answers again after {seconds:.1} s", self.sink.name());
+        let waiting: Vec<(Instant, LaneId)> = self.retries.iter().copied().collect();
+        for (at, id) in waiting {
+            let lane = self.lanes.get_mut(&id).expect("a waiting lane exists");
+            if lane.is_blocked() {
+                continue;
+            }
+            self.retries.remove(&(at, id));
+            if let Some(front) = lane.rest() {
+                self.ready.insert((front, id));
+            }
+        }
+    }
+
+    /// Acknowledgements that came in during one commit share the next.
+    fn start_commit(&mut self) {
+        if self.committing.is_some() || self.acknowledged.is_empty() {
+            return;
+        }
+        let positions = std::mem::take(&mut self.acknowledged);
+        let (count, store) = (positions.len(), Arc::clone(&self.store));
+        let commit = tokio::task::spawn_blocking(move || store.acknowledge(positions));
+        self.committing = Some((count, commit));
+    }
+
+    fn committed(&mut self, (count, result): (usize, Result<(), StoreError>)) -> Result<(), PublishError> {
+        result?;
+        self.outstanding -= count;
+        info!(events = count, "Published {count} events to {}", self.sink.name());
+        Ok(())
+    }
+
+    /// A run that neither succeeds nor fails: said, never sent again while the sink may still hold it.
+    fn complain(&self) {
+        for (id, lane) in &self.lanes {
+            if let Some(elapsed) = lane.under_way_for().filter(|elapsed| *elapsed > self.patience) {
+                let seconds = elapsed.as_secs();
+                warn!(lane = %id, seconds, "A publish has neither succeeded nor failed: waiting for it");
+            }
+        }
+    }
+}
+
+/// The commit under way; pends for ever if there is none.
+async fn commit_of(
+    committing: &mut Option<(usize, JoinHandle<Result<(), StoreError>>)>,
+) -> (usize, Result<(), StoreError>) {
+    let Some((count, commit)) = committing else {
+        return std::future::pending().await;
+    };
+    let count = *count;
+    let result = match commit.await {
+        Ok(result) => result,
+        Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
+    };
+    *committing = None;
+    (count, result)
+}

@@ -1,0 +1,202 @@
+//! One lane: the messages of one escrow, in order.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use alloy::primitives::Address;
+use tokio::time::Instant;
+
+use super::Message;
+use crate::config::Ordering;
+use crate::store::Entry;
+
+/// The first pause after a failure; it doubles up to [`LONGEST_PAUSE`].
+const FIRST_PAUSE: Duration = Duration::from_millis(200);
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+/// How often a refused message is offered again: someone has to change something first.
+const BLOCKED_PAUSE: Duration = Duration::from_secs(60);
+
+/// Which lane.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(super) enum LaneId {
+    Escrow(Address),
+    Bucket(u32),
+    /// A sink with one order for everything.
+    All,
+}
+
+impl LaneId {
+    pub fn of(entry: &Entry, ordering: Ordering, sequential: bool) -> Self {
+        match ordering {
+            _ if sequential => Self::All,
+            Ordering::Bucket(buckets) => Self::Bucket(bucket(&entry.escrow, buckets.get())),
+            Ordering::Escrow | Ordering::None => Self::Escrow(entry.escrow),
+        }
+    }
+}
+
+impl fmt::Display for LaneId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Escrow(address) => write!(f, "{address:#x}"),
+            Self::Bucket(number) => write!(f, "escrow-{number}"),
+            Self::All => f.write_str("all"),
+        }
+    }
+}
+
+/// The key Pub/Sub orders by.
+pub(super) fn ordering_key(escrow: &Address, ordering: Ordering) -> String {
+    match ordering {
+        Ordering::Escrow => format!("{escrow:#x}"),
+        Ordering::Bucket(buckets) => format!("escrow-{}", bucket(escrow, buckets.get())),
+        Ordering::None => String::new(),
+    }
+}
+
+/// Addresses are the tail of a hash already: their last bytes spread evenly.
+fn bucket(escrow: &Address, buckets: u32) -> u32 {
+    let [.., a, b, c, d] = escrow.into_array();
+    u32::from_be_bytes([a, b, c, d]) % buckets
+}
+
+/// The pause before attempt `attempts` + 1, with jitter so that lanes do not come in step.
+pub(super) fn pause(attempts: u32) -> Duration {
+    let whole = FIRST_PAUSE.saturating_mul(1 << attempts.saturating_sub(1).min(16)).min(LONGEST_PAUSE);
+    whole.mul_f64(0.75 + 0.5 * fraction())
+}
+
+/// A number in 0..1 that differs from call to call; nothing depends on its quality.
+fn fraction() -> f64 {
+    use std::hash::{BuildHasher, RandomState};
+    (RandomState::new().hash_one(0) >> 11) as f64 / (1u64 << 53) as f64
+}
+
+/// The messages of a lane from the first unacknowledged on.
+#[derive(Debug, Default)]
+pub(super) struct Lane {
+    queue: VecDeque<(u64, Arc<Message>)>,
+    /// Messages at the front under way now.
+    under_way: usize,
+    /// Messages at the front that were handed over and may have been stored.
+    outstanding: usize,
+    /// After a failure messages go singly, to find the one at fault; then in growing runs again.
+    run_limit: Option<usize>,
+    attempts: u32,
+    paused: bool,
+    blocked: Option<String>,
+    sent_at: Option<Instant>,
+}
+
+impl Lane {
+    pub fn push(&mut self, position: u64, message: Arc<Message>) {
+        self.queue.push_back((position, message));
+    }
+
+    pub fn len(&self) -> usize {
+        self.queue.len()
+    }
+
+    /// The position of the first message.
+    pub fn front(&self) -> Option<u64> {
+        self.queue.front().map(|(position, _)| *position)
+    }
+
+    /// Neither under way nor waiting to try again.
+    pub fn is_resting(&self) -> bool {
+        self.under_way == 0 && !self.paused
+    }
+
+    /// Ends a pause. The first message, if there is one.
+    pub fn rest(&mut self) -> Option<u64> {
+        self.paused = false;
+        self.front()
+    }
+
+    pub fn is_blocked(&self) -> bool {
+        self.blocked.is_some()
+    }
+
+    pub fn blocked(&self) -> Option<&str> {
+        self.blocked.as_deref()
+    }
+
+    pub fn outstanding(&self) -> usize {
+        self.outstanding
+    }
+
+    /// Failed attempts since the last success.
+    pub fn attempts(&self) -> u32 {
+        self.attempts
+    }
+
+    pub fn under_way_for(&self) -> Option<Duration> {
+        self.sent_at.map(|at| at.elapsed())
+    }
+
+    /// How many messages may go now, with `room` for new ones and at most `share` of the room for this lane. What
+    /// was handed over before takes no new room.
+    pub fn may_send(&self, room: usize, share: usize) -> usize {
+        let new = room.min(share.saturating_sub(self.outstanding));
+        self.queue.len().min(self.outstanding + new).min(self.run_limit.unwrap_or(usize::MAX))
+    }
+
+    /// Takes the first messages, at most `limit` and `bytes` (but at least one).
+    pub fn start_run(&mut self, limit: usize, bytes: usize) -> Vec<Arc<Message>> {
+        let mut size = 0;
+        let fits = |(_, message): &&(u64, Arc<Message>)| {
+            size += message.size();
+            size <= bytes
+        };
+        let count = self.queue.iter().take(limit).take_while(fits).count();
+        let run: Vec<_> =
+            self.queue.iter().take(count.max(1)).map(|(_, message)| Arc::clone(message)).collect();
+        self.under_way = run.len();
+        self.outstanding = self.outstanding.max(run.len());
+        self.sent_at = Some(Instant::now());
+        run
+    }
+
+    /// Removes the acknowledged messages; their positions.
+    pub fn finish_run(&mut self, acknowledged: usize) -> Vec<u64> {
+        assert!(acknowledged <= self.under_way, "more acknowledged than sent");
+        self.under_way = 0;
+        self.sent_at = None;
+        self.outstanding -= acknowledged;
+        self.queue.drain(..acknowledged).map(|(position, _)| position).collect()
+    }
+
+    /// `true` if the lane had been blocked.
+    pub fn succeeded(&mut self) -> bool {
+        self.attempts = 0;
+        self.run_limit = self.run_limit.map(|limit| limit * 2).filter(|limit| *limit < super::RUN_MESSAGES);
+        self.blocked.take().is_some()
+    }
+
+    /// What was handed over was refused and is not outstanding any more; how many that were.
+    pub fn forget_outstanding(&mut self) -> usize {
+        std::mem::take(&mut self.outstanding)
+    }
+
+    /// The pause before the next attempt, and whether the lane is blocked from now on. Only a message refused
+    /// when it was sent `alone` is known to be the one at fault.
+    pub fn refused(&mut self, reason: &str, alone: bool) -> (Duration, bool) {
+        self.run_limit = Some(1);
+        self.paused = true;
+        if !alone {
+            return (Duration::ZERO, false);
+        }
+        let newly = self.blocked.replace(reason.to_owned()).is_none();
+        (BLOCKED_PAUSE, newly)
+    }
+
+    /// The pause before the next attempt.
+    pub fn unavailable(&mut self) -> Duration {
+        self.run_limit = Some(1);
+        self.paused = true;
+        self.attempts += 1;
+        pause(self.attempts)
+    }
+}

@@ -1,0 +1,235 @@
+//! Google Pub/Sub through the official crate.
+
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use futures_util::future::join_all;
+use google_cloud_auth::credentials::anonymous;
+use google_cloud_gax::error::rpc::Code;
+use google_cloud_gax::retry_policy::RetryPolicy;
+use google_cloud_gax::retry_result::RetryResult;
+use google_cloud_gax::retry_state::RetryState;
+use google_cloud_pubsub::client::{BasePublisher, Publisher};
+use google_cloud_pubsub::error::PublishError;
+use google_cloud_pubsub::model;
+
+use super::SetupError;
+use crate::config::{self, SinkKind};
+use crate::publish::{Message, Receipt, Sink, SinkError};
+
+/// The library keeps a task for every key it has seen; after this many keys it is replaced by a fresh one.
+const KEYS_PER_PUBLISHER: usize = 10_000;
+/// How long the library gathers messages of a key into one request. Runs come whole, so it need not be long.
+const GATHER: Duration = Duration::from_millis(1);
+const REQUEST_MESSAGES: u32 = 1000;
+/// Bytes of a request: servers built on gRPC's default refuse more than 4 MB.
+const REQUEST_BYTES: u32 = 3_000_000;
+/// What Pub/Sub takes at most, in bytes: a request with its framing, so a message a little less.
+const MESSAGE_BYTES: usize = 10_000_000 - 10_000;
+/// Times a key that the library still holds paused is resumed, and the pause between.
+const RESUMES: u32 = 50;
+const RESUME_PAUSE: Duration = Duration::from_millis(10);
+
+/// Publishes to a topic. The library makes one attempt, bounded by `sink.timeout`; every retry is the publisher's.
+pub struct GooglePubSub {
+    base: BasePublisher,
+    topic: String,
+    current: Mutex<Generation>,
+}
+
+/// One publisher of the library and the keys it has seen.
+///
+/// A lane has one run under way at a time, and a run keeps its publisher until it is done: so a key never lives
+/// in two of them at once, though a generation may end while others of its runs are still under way.
+struct Generation {
+    publisher: Publisher,
+    keys: HashSet<String>,
+}
+
+impl GooglePubSub {
+    /// A client for the configured topic; it connects when it first publishes.
+    pub async fn open(config: &config::Sink) -> Result<Self, SetupError> {
+        let SinkKind::Pubsub { project, topic, endpoint, emulator } = &config.kind else {
+            return Err(SetupError::PubSub("sink.kind is not \"pubsub\"".into()));
+        };
+        let mut builder = BasePublisher::builder().with_retry_policy(OneAttempt { timeout: config.timeout });
+        if let Some(endpoint) = endpoint {
+            builder = builder.with_endpoint(endpoint);
+        }
+        if *emulator {
+            builder = builder.with_credentials(anonymous::Builder::new().build());
+        }
+        let base = builder.build().await.map_err(|error| SetupError::PubSub(error.to_string()))?;
+        let topic = topic_name(project, topic);
+        let current = Mutex::new(Generation::new(&base, &topic));
+        Ok(Self { base, topic, current })
+    }
+
+    fn publisher_for(&self, key: &str) -> Publisher {
+        let mut current = self.current.lock().expect("no code that panics runs under this lock");
+        if !current.keys.contains(key) {
+            if current.keys.len() >= KEYS_PER_PUBLISHER {
+                *current = Generation::new(&self.base, &self.topic);
+            }
+            current.keys.insert(key.to_owned());
+        }
+        current.publisher.clone()
+    }
+}
+
+impl Generation {
+    fn new(base: &BasePublisher, topic: &str) -> Self {
+        let publisher = base
+            .publisher(topic)
+            .set_message_count_threshold(REQUEST_MESSAGES)
+            .set_byte_threshold(REQUEST_BYTES)
+            .set_delay_threshold(GATHER)
+            .build();
+        Self { publisher, keys: HashSet::new() }
+    }
+}
+
+/// The topic's full name; a full name is taken as it is.
+pub(crate) fn topic_name(project: &str, topic: &str) -> String {
+    if topic.starts_with("projects/") {
+        topic.to_owned()
+    } else {
+        format!("projects/{project}/topics/{topic}")
+    }
+}
+
+impl Sink for GooglePubSub {
+    async fn publish(&self, run: Vec<Arc<Message>>) -> Receipt {
+        let fitting = run.iter().take_while(|message| message.size() <= MESSAGE_BYTES).count();
+        if fitting == 0 {
+            let size = run.first().map_or(0, |message| message.size());
+            let reason = format!("the message has {size} bytes, Pub/Sub takes {MESSAGE_BYTES}");
+            return Receipt { acknowledged: 0, failure: Some(SinkError::Refused(reason)) };
+        }
+        let key = run[0].ordering_key.clone();
+        let publisher = self.publisher_for(&key);
+        for _ in 0..RESUMES {
+            let sent = run[..fitting].iter().map(|message| publisher.publish(wire(message)));
+            // All of them: nothing may be under way when the run is tried again.
+            let results = join_all(sent).await;
+            let acknowledged = results.iter().take_while(|result| result.is_ok()).count();
+            let Some(failure) = results.into_iter().find_map(Result::err) else {
+                return Receipt { acknowledged, failure: None };
+            };
+            publisher.resume_publish(&key);
+            // Still paused by the run before, whose failure came back before the pause was in place: not sent.
+            if acknowledged == 0 && matches!(failure, PublishError::OrderingKeyPaused) {
+                tokio::time::sleep(RESUME_PAUSE).await;
+                continue;
+            }
+            return Receipt { acknowledged, failure: Some(judge(&failure)) };
+        }
+        Receipt {
+            acknowledged: 0,
+            failure: Some(SinkError::Unavailable("the ordering key stays paused".into())),
+        }
+    }
+
+    fn is_sequential(&self) -> bool {
+        false
+    }
+
+    fn name(&self) -> &'static str {
+        "Pub/Sub"
+    }
+}
+
+fn wire(message: &Message) -> model::Message {
+    model::Message::new()
+        .set_data(message.data.clone())
+        .set_ordering_key(message.ordering_key.clone())
+        .set_attributes(message.attributes.iter().map(|(name, value)| (*name, value.clone())))
+}
+
+/// Only what the server says of the message itself blocks a lane; everything else may pass.
+fn judge(error: &PublishError) -> SinkError {
+    let PublishError::Rpc(rpc) = error else {
+        return SinkError::Unavailable(error.to_string());
+    };
+    match rpc.status() {
+        Some(status) if matches!(status.code, Code::InvalidArgument | Code::OutOfRange) => {
+            SinkError::Refused(format!("{}: {}", status.code, status.message))
+        }
+        Some(status) => SinkError::Unavailable(format!("{}: {}", status.code, status.message)),
+        None => SinkError::Unavailable(rpc.to_string()),
+    }
+}
+
+/// One attempt, bounded: the library has no limit for a server that accepts and never answers, and repeats what
+/// fails without telling.
+#[derive(Debug)]
+struct OneAttempt {
+    timeout: Duration,
+}
+
+impl RetryPolicy for OneAttempt {
+    fn on_error(&self, _state: &RetryState, error: google_cloud_gax::error::Error) -> RetryResult {
+        RetryResult::Permanent(error)
+    }
+
+    fn remaining_time(&self, state: &RetryState) -> Option<Duration> {
+        let elapsed = tokio::time::Instant::now().into_std().saturating_duration_since(state.start);
+        Some(self.timeout.saturating_sub(elapsed))
+    }
+}
+
+/// Looks whether the topic is there, without sending anything to it. `Ok`: what was found; `Err`: what to do.
+pub async fn find_topic(config: &config::Sink) -> Result<String, String> {
+    let SinkKind::Pubsub { project, topic, endpoint, emulator } = &config.kind else {
+        return Err("sink.kind is not \"pubsub\"".into());
+    };
+    let topic = topic_name(project, topic);
+    let found: std::pin::Pin<Box<dyn Future<Output = Result<(), String>> + Send>> = match endpoint {
+        Some(endpoint) if *emulator => Box::pin(emulated_topic(endpoint, &topic)),
+        _ => Box::pin(admin_topic(&topic)),
+    };
+    match tokio::time::timeout(config.timeout, found).await {
+        Ok(found) => found.map(|()| format!("{topic} is there")),
+        Err(_) => Err(format!("no answer within {:?}", config.timeout)),
+    }
+}
+
+/// Emulators speak gRPC; not all of them speak the REST of the library's admin client.
+async fn emulated_topic(endpoint: &str, topic: &str) -> Result<(), String> {
+    use googleapis_tonic_google_pubsub_v1::google::pubsub::v1::GetTopicRequest;
+    use googleapis_tonic_google_pubsub_v1::google::pubsub::v1::publisher_client::PublisherClient;
+
+    let channel =
+        tonic::transport::Endpoint::from_shared(endpoint.to_owned()).map_err(|error| error.to_string())?;
+    let channel = channel.connect().await.map_err(|_| format!("nothing answers at {endpoint}"))?;
+    let request = GetTopicRequest { topic: topic.to_owned() };
+    match PublisherClient::new(channel).get_topic(request).await {
+        Ok(_) => Ok(()),
+        Err(status) if status.code() == tonic::Code::NotFound => {
+            Err(format!("{topic} does not exist: create it"))
+        }
+        Err(status) => Err(format!("{topic}: {}", status.message())),
+    }
+}
+
+async fn admin_topic(topic: &str) -> Result<(), String> {
+    let admin = google_cloud_pubsub::client::TopicAdmin::builder()
+        .build()
+        .await
+        .map_err(|error| error.to_string())?;
+    match admin.get_topic().set_topic(topic).send().await {
+        Ok(_) => Ok(()),
+        Err(error) => match error.status().map(|status| status.code) {
+            Some(Code::NotFound) => {
+                Err(format!("{topic} does not exist: create it with `gcloud pubsub topics create {topic}`"))
+            }
+            // Publishing needs another permission than looking.
+            Some(Code::PermissionDenied) => Err(format!(
+                "{topic}: this account may not look at it (pubsub.topics.get); it needs roles/pubsub.publisher to publish \
+                 and roles/pubsub.viewer for this check"
+            )),
+            _ => Err(format!("{topic}: {error}")),
+        },
+    }
+}

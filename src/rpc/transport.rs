@@ -1,0 +1,155 @@
+//! One round trip to one provider.
+
+use std::time::Duration;
+
+use alloy::pubsub::{PubSubConnect, PubSubFrontend};
+use alloy::rpc::json_rpc::{RequestPacket, ResponsePacket};
+use alloy::transports::RpcError;
+use alloy::transports::ws::WsConnect;
+use reqwest::header::{CONTENT_TYPE, RETRY_AFTER};
+use tokio::sync::Mutex;
+
+use super::verdict::redact;
+use crate::config::SecretUrl;
+
+/// What is read of one answer at most, in bytes: beyond it the range is too large for anyone's good.
+const MAX_BODY: usize = 128 << 20;
+/// What is kept of a provider's text, in characters.
+const MAX_TEXT: usize = 500;
+
+/// A failed round trip; texts carry no URL.
+#[derive(Debug)]
+pub(super) struct Failure {
+    pub message: String,
+    pub http_status: Option<u16>,
+    pub retry_after: Option<Duration>,
+}
+
+impl Failure {
+    fn fault(message: impl std::fmt::Display) -> Self {
+        Self { message: redact(&message.to_string(), MAX_TEXT), http_status: None, retry_after: None }
+    }
+}
+
+/// What came back.
+pub(super) struct Reply {
+    pub packet: ResponsePacket,
+    pub http_status: Option<u16>,
+    pub retry_after: Option<Duration>,
+}
+
+/// How to reach a provider.
+pub(super) enum Transport {
+    Http {
+        client: reqwest::Client,
+        url: SecretUrl,
+    },
+    /// Connected when first used, and again after it broke.
+    WebSocket {
+        url: SecretUrl,
+        connection: Mutex<Option<PubSubFrontend>>,
+        timeout: Duration,
+    },
+}
+
+impl Transport {
+    /// `timeout` bounds every round trip.
+    pub fn new(url: &SecretUrl, timeout: Duration) -> Result<Self, reqwest::Error> {
+        if matches!(url.expose().scheme(), "ws" | "wss") {
+            return Ok(Self::WebSocket { url: url.clone(), connection: Mutex::new(None), timeout });
+        }
+        let client = reqwest::Client::builder()
+            .timeout(timeout)
+            .connect_timeout(timeout.min(Duration::from_secs(10)))
+            .user_agent(concat!("relayer/", env!("CARGO_PKG_VERSION")))
+            .build()?;
+        Ok(Self::Http { client, url: url.clone() })
+    }
+
+    pub async fn round_trip(&self, packet: RequestPacket) -> Result<Reply, Failure> {
+        match self {
+            Self::Http { client, url } => http(client, url, &packet).await,
+            Self::WebSocket { url, connection, timeout } => {
+                match tokio::time::timeout(*timeout, web_socket(url, connection, packet)).await {
+                    Ok(reply) => reply,
+                    Err(_) => {
+                        *connection.lock().await = None;
+                        Err(Failure::fault(format_args!("no answer within {timeout:?}")))
+                    }
+                }
+            }
+        }
+    }
+}
+
+async fn http(client: &reqwest::Client, url: &SecretUrl, packet: &RequestPacket) -> Result<Reply, Failure> {
+    let body = serde_json::to_vec(packet).expect("a request is plain JSON");
+    let request = client.post(url.expose().clone()).header(CONTENT_TYPE, "application/json").body(body);
+    let mut response = request.send().await.map_err(connection_failure)?;
+    let status = response.status();
+    let retry_after = response
+        .headers()
+        .get(RETRY_AFTER)
+        .and_then(|value| value.to_str().ok())
+        .and_then(|value| value.trim().parse().ok())
+        .map(Duration::from_secs);
+    let failure = |message: String| Failure { message, http_status: Some(status.as_u16()), retry_after };
+    let mut bytes = Vec::new();
+    while let Some(chunk) = response.chunk().await.map_err(connection_failure)? {
+        if bytes.len() + chunk.len() > MAX_BODY {
+            return Err(failure("response too large".to_owned()));
+        }
+        bytes.extend_from_slice(&chunk);
+    }
+    match serde_json::from_slice(&bytes) {
+        Ok(packet) => {
+            Ok(Reply { packet, http_status: (!status.is_success()).then(|| status.as_u16()), retry_after })
+        }
+        Err(_) if !status.is_success() => {
+            let text = redact(&String::from_utf8_lossy(&bytes), MAX_TEXT);
+            Err(failure(format!("HTTP {status}: {text}")))
+        }
+        Err(error) => {
+            Err(failure(format!("the body is not a JSON-RPC answer ({} bytes): {error}", bytes.len())))
+        }
+    }
+}
+
+/// The innermost cause says what happened; the URL is taken out: it carries keys.
+fn connection_failure(error: reqwest::Error) -> Failure {
+    let timed_out = error.is_timeout();
+    let error = error.without_url();
+    let mut cause: &dyn std::error::Error = &error;
+    while let Some(source) = cause.source() {
+        cause = source;
+    }
+    let what = if timed_out { "no answer in time".to_owned() } else { cause.to_string() };
+    Failure::fault(format_args!("connection failed: {what}"))
+}
+
+async fn web_socket(
+    url: &SecretUrl,
+    connection: &Mutex<Option<PubSubFrontend>>,
+    packet: RequestPacket,
+) -> Result<Reply, Failure> {
+    let frontend = {
+        let mut slot = connection.lock().await;
+        match &*slot {
+            Some(frontend) => frontend.clone(),
+            None => {
+                let connect = WsConnect::new(url.expose().as_str()).with_max_retries(0);
+                let frontend = connect.into_service().await.map_err(Failure::fault)?;
+                slot.insert(frontend).clone()
+            }
+        }
+    };
+    match frontend.send_packet(packet).await {
+        Ok(packet) => Ok(Reply { packet, http_status: None, retry_after: None }),
+        Err(error) => {
+            if !matches!(error, RpcError::ErrorResp(_)) {
+                *connection.lock().await = None;
+            }
+            Err(Failure::fault(error))
+        }
+    }
+}

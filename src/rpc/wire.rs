@@ -1,0 +1,240 @@
+//! JSON-RPC as it travels: calls out, answers in.
+
+use alloy::primitives::{Address, B256, Bytes};
+use alloy::rpc::json_rpc::{Id, Request, SerializedRequest};
+use serde::de::{self, Deserializer, Visitor};
+use serde::{Deserialize, Serialize, Serializer};
+use serde_json::value::RawValue;
+
+use super::verdict::Asked;
+use crate::event::{BlockRef, Header, Log};
+use crate::scan::{Answer, BlockTag, Call, LogFilter, Span};
+
+/// `eth_chainId`, asked beside the first calls to a provider.
+pub(super) fn chain_id_request(id: u64) -> SerializedRequest {
+    serialize("eth_chainId", id, ())
+}
+
+/// The call as a JSON-RPC request.
+pub(super) fn request(call: &Call, id: u64) -> SerializedRequest {
+    match call {
+        Call::Header(tag) => serialize("eth_getBlockByNumber", id, (Tag(*tag), false)),
+        Call::Code(address) => serialize("eth_getCode", id, (address, "latest")),
+        Call::Logs(filter) => serialize("eth_getLogs", id, (FilterParam::new(filter),)),
+    }
+}
+
+fn serialize(method: &'static str, id: u64, params: impl Serialize) -> SerializedRequest {
+    let params = serde_json::value::to_raw_value(&params).expect("parameters are plain JSON");
+    Request::new(method, Id::Number(id), params).try_into().expect("a request is plain JSON")
+}
+
+/// The call as the classification of refusals wants it.
+pub(super) fn asked(call: &Call) -> Asked {
+    match call {
+        Call::Header(BlockTag::Safe | BlockTag::Finalized) => Asked::Tag,
+        Call::Header(BlockTag::Latest | BlockTag::Number(_)) => Asked::Header,
+        Call::Code(_) => Asked::Other,
+        Call::Logs(LogFilter { span: Span::Block(_), addresses, .. }) => {
+            Asked::BlockHash { addresses: addresses.len() }
+        }
+        Call::Logs(LogFilter { span: Span::Range(range), addresses, .. }) => {
+            Asked::Range { from: range.from(), to: range.to(), addresses: addresses.len() }
+        }
+    }
+}
+
+/// Reads the result of `call`.
+pub(super) fn answer(call: &Call, result: &RawValue) -> Result<Answer, serde_json::Error> {
+    match call {
+        Call::Header(_) => {
+            let header: Option<RawHeader> = serde_json::from_str(result.get())?;
+            Ok(Answer::Header(header.map(Header::from)))
+        }
+        Call::Code(_) => {
+            let code: Bytes = serde_json::from_str(result.get())?;
+            Ok(Answer::Code(!code.is_empty()))
+        }
+        Call::Logs(_) => {
+            let logs: Vec<RawLog> = serde_json::from_str(result.get())?;
+            // A log of a fork already given up: some gateways hand them out. Never an event.
+            Ok(Answer::Logs(logs.into_iter().filter(|log| !log.removed).map(Log::from).collect()))
+        }
+    }
+}
+
+/// Reads the result of `eth_chainId`.
+pub(super) fn chain_id(result: &RawValue) -> Result<u64, serde_json::Error> {
+    serde_json::from_str::<Quantity>(result.get()).map(|quantity| quantity.0)
+}
+
+struct Tag(BlockTag);
+
+impl Serialize for Tag {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self.0 {
+            BlockTag::Number(number) => serializer.collect_str(&format_args!("{number:#x}")),
+            BlockTag::Latest | BlockTag::Safe | BlockTag::Finalized => serializer.collect_str(&self.0),
+        }
+    }
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct FilterParam<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    from_block: Option<Tag>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    to_block: Option<Tag>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    block_hash: Option<B256>,
+    #[serde(skip_serializing_if = "<[Address]>::is_empty")]
+    address: &'a [Address],
+    topics: [&'a [B256]; 1],
+}
+
+impl<'a> FilterParam<'a> {
+    fn new(filter: &'a LogFilter) -> Self {
+        let (range, block_hash) = match filter.span {
+            Span::Range(range) => (Some(range), None),
+            Span::Block(hash) => (None, Some(hash)),
+        };
+        Self {
+            from_block: range.map(|range| Tag(BlockTag::Number(range.from()))),
+            to_block: range.map(|range| Tag(BlockTag::Number(range.to()))),
+            block_hash,
+            address: &filter.addresses,
+            topics: [&filter.topics],
+        }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct RawHeader {
+    number: Quantity,
+    hash: B256,
+    parent_hash: B256,
+    timestamp: Quantity,
+}
+
+impl From<RawHeader> for Header {
+    fn from(raw: RawHeader) -> Self {
+        Self {
+            block: BlockRef { number: raw.number.0, hash: raw.hash },
+            parent_hash: raw.parent_hash,
+            timestamp: raw.timestamp.0,
+        }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct RawLog {
+    address: Address,
+    topics: Vec<B256>,
+    data: Bytes,
+    block_number: Quantity,
+    block_hash: B256,
+    transaction_hash: B256,
+    transaction_index: Quantity,
+    log_index: Quantity,
+    #[serde(default)]
+    block_timestamp: Option<Quantity>,
+    #[serde(default)]
+    removed: bool,
+}
+
+impl From<RawLog> for Log {
+    fn from(raw: RawLog) -> Self {
+        Self {
+            address: raw.address,
+            topics: raw.topics,
+            data: raw.data,
+            block: BlockRef { number: raw.block_number.0, hash: raw.block_hash },
+            transaction_hash: raw.transaction_hash,
+            transaction_index: raw.transaction_index.0,
+            log_index: raw.log_index.0,
+            block_timestamp: raw.block_timestamp.map(|quantity| quantity.0),
+        }
+    }
+}
+
+/// A number as hex text, or plain as geth 1.16.0 gave `blockTimestamp`.
+struct Quantity(u64);
+
+impl<'de> Deserialize<'de> for Quantity {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Hex;
+        impl Visitor<'_> for Hex {
+            type Value = Quantity;
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("a quantity of at most 64 bits, as 0x-hex")
+            }
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Quantity, E> {
+                let digits = text.strip_prefix("0x").ok_or_else(|| E::custom("a quantity without 0x"))?;
+                u64::from_str_radix(digits, 16).map(Quantity).map_err(E::custom)
+            }
+            fn visit_u64<E: de::Error>(self, number: u64) -> Result<Quantity, E> {
+                Ok(Quantity(number))
+            }
+        }
+        deserializer.deserialize_any(Hex)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::event::BlockRange;
+
+    fn raw(text: &str) -> Box<RawValue> {
+        RawValue::from_string(text.to_owned()).unwrap()
+    }
+
+    const LOG: &str = r#"{"address":"0x00000000000000000000000000000000000000aa","topics":["0x5d91bd0cecc45fef102af61de92c5462fad884a5ce9e21c15e0a85b9a4f7c8a4"],
+        "data":"0x","blockNumber":"0x10","blockHash":"0x1111111111111111111111111111111111111111111111111111111111111111",
+        "transactionHash":"0x2222222222222222222222222222222222222222222222222222222222222222","transactionIndex":"0x0","logIndex":"0x3"EXTRA}"#;
+
+    #[test]
+    fn a_log_is_read_with_its_time_in_any_notation_and_never_when_removed() {
+        let table = [
+            ("", Some(None)),
+            (r#","blockTimestamp":"0x5""#, Some(Some(5))),
+            (r#","blockTimestamp":5"#, Some(Some(5))),
+            (r#","blockTimestamp":null"#, Some(None)),
+            (r#","removed":false"#, Some(None)),
+            (r#","removed":true"#, None),
+        ];
+        let call = Call::Logs(LogFilter {
+            span: Span::Block(B256::ZERO),
+            addresses: vec![],
+            topics: std::sync::Arc::from([]),
+        });
+        for (extra, expected) in table {
+            let result = raw(&format!("[{}]", LOG.replace("EXTRA", extra)));
+            let logs = answer(&call, &result).unwrap().logs();
+            assert_eq!(logs.first().map(|log| log.block_timestamp), expected, "{extra}");
+        }
+    }
+
+    #[test]
+    fn a_range_is_asked_by_numbers_and_a_block_by_hash() {
+        let filter = |span| LogFilter {
+            span,
+            addresses: vec![Address::repeat_byte(0xAB)],
+            topics: std::sync::Arc::from([B256::repeat_byte(1)]),
+        };
+        let range =
+            serde_json::to_value(FilterParam::new(&filter(Span::Range(BlockRange::new(1, 255).unwrap()))));
+        assert_eq!(
+            range.unwrap(),
+            serde_json::json!({"fromBlock": "0x1", "toBlock": "0xff", "topics": [[B256::repeat_byte(1)]],
+                "address": ["0xabababababababababababababababababababab"]})
+        );
+        let block =
+            serde_json::to_value(FilterParam::new(&filter(Span::Block(B256::repeat_byte(7))))).unwrap();
+        assert_eq!(block["blockHash"], serde_json::json!(B256::repeat_byte(7)));
+        assert!(block.get("fromBlock").is_none());
+    }
+}

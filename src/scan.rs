@@ -1,0 +1,428 @@
+//! Reading the chain: what to read next, how, and what to do when it forks.
+//!
+//! Two ways of reading. Final blocks by range: forks cannot happen there, and the header of the range's last
+//! block rides in the same batch, so that a node that is behind gives itself away. Unfinal blocks one by one and
+//! linked: each must name the one before as its parent, and its logs are asked for by block hash, which is exact.
+
+mod chain;
+mod fork;
+mod limits;
+mod read;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use thiserror::Error;
+use tracing::{debug, info, warn};
+
+pub use chain::{Answer, BlockTag, Call, Chain, LogFilter, Refused, Span};
+pub use limits::Limits;
+
+use crate::config;
+use crate::event::{BlockRange, BlockRef, Header, Signatures};
+use crate::store::{Store, StoreError};
+
+/// Unfinal blocks linked and committed together, at most: bounds a batch and a commit.
+const LINKED_BLOCKS: u64 = 50;
+/// How long to leave a node that is behind, or two nodes that disagree, before asking again.
+const SECOND_LOOK: Duration = Duration::from_millis(250);
+/// How long to leave a provider that cannot serve us at all.
+const GIVE_REST: Duration = Duration::from_secs(15);
+/// The finalized head is asked for again once this many blocks were seen: it only bounds what is remembered.
+const FINALITY_REFRESH: u64 = 64;
+
+/// What a step came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// Something was read or withdrawn: step again.
+    Progress,
+    /// Nothing new: step again after the poll interval.
+    Idle,
+    /// Step again after this long.
+    Wait(Duration),
+    /// Everything up to the requested block is accepted.
+    Done,
+}
+
+/// What ends scanning.
+#[derive(Debug, Error)]
+pub enum ScanError {
+    /// The store cannot go on.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The provider serves another chain.
+    #[error("{0}")]
+    WrongChain(Refused),
+}
+
+/// How far a run reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Until {
+    /// Without end.
+    Forever,
+    /// To the horizon as it is when first seen.
+    Head,
+    /// To this block.
+    Block(u64),
+}
+
+/// Reads the chain into the store, one step at a time.
+pub struct Scanner<C> {
+    chain: Arc<C>,
+    store: Arc<Store>,
+    signatures: Arc<Signatures>,
+    settings: config::Chain,
+    factory: alloy::primitives::Address,
+    topics: Arc<[alloy::primitives::B256]>,
+    lifecycle_topics: Arc<[alloy::primitives::B256]>,
+    limits: Limits,
+    until: Until,
+    /// The highest block that may be read now.
+    target: Option<u64>,
+    /// Headers seen at the head, not yet read: a chain linked by parent hashes.
+    recent: BTreeMap<u64, Header>,
+    finality: Finality,
+    /// The highest block known to be final.
+    finalized: Option<u64>,
+    /// A fork seen once; acted on when seen again.
+    suspected: Option<Option<BlockRef>>,
+    /// Whether the factory has been seen to exist.
+    factory_seen: bool,
+    said: Said,
+}
+
+/// What is known of finality.
+#[derive(Clone, Copy, Debug, Default)]
+struct Finality {
+    /// The node does not know the tag: the configured depth counts.
+    untagged: bool,
+    /// The head when the tag was last asked for.
+    asked_at: Option<u64>,
+}
+
+/// What was already said: a wait is announced once.
+#[derive(Clone, Copy, Debug, Default)]
+struct Said {
+    no_factory: bool,
+    not_there_yet: bool,
+    behind: bool,
+}
+
+impl<C: Chain> Scanner<C> {
+    /// A scanner that continues where the store's cursor stands.
+    pub fn new(
+        chain: Arc<C>,
+        store: Arc<Store>,
+        signatures: Arc<Signatures>,
+        config: &config::Config,
+        until: Until,
+    ) -> Self {
+        let (factory_seen, finalized) = (store.cursor().is_some(), store.finalized());
+        Self {
+            chain,
+            factory: config.factory.address,
+            topics: signatures.topics().into(),
+            lifecycle_topics: signatures.lifecycle_topics().into(),
+            limits: Limits::new(config.rpc.max_range, config.rpc.max_addresses.get()),
+            settings: config.chain.clone(),
+            store,
+            signatures,
+            until,
+            target: None,
+            recent: BTreeMap::new(),
+            finality: Finality::default(),
+            finalized,
+            suspected: None,
+            factory_seen,
+            said: Said::default(),
+        }
+    }
+
+    /// Reads what comes next: one commit at most.
+    pub async fn step(&mut self) -> Result<Step, ScanError> {
+        match self.try_step().await {
+            Ok(step) => Ok(step),
+            Err(Trouble::Store(error)) => Err(error.into()),
+            Err(Trouble::Refused { refused, blocks }) => self.replan(refused, blocks),
+            Err(Trouble::Disagreement(what)) => {
+                self.recent.clear();
+                if !std::mem::replace(&mut self.said.behind, true) {
+                    warn!(reason = %what, "An answer was thrown away: the node answering is behind or inconsistent");
+                }
+                Ok(Step::Wait(SECOND_LOOK))
+            }
+        }
+    }
+
+    async fn try_step(&mut self) -> Result<Step, Trouble> {
+        let next = self.store.next_block();
+        if self.is_done(next) {
+            return Ok(Step::Done);
+        }
+        if self.target.is_none_or(|target| target < next) {
+            if let Some(step) = self.poll(next).await? {
+                return Ok(step);
+            }
+            if self.is_done(next) {
+                return Ok(Step::Done);
+            }
+        }
+        let target = self.target.unwrap_or(0);
+        let Some(pending) = BlockRange::new(next, target) else {
+            return Ok(Step::Idle);
+        };
+        let step = self.read(pending).await?;
+        if step == Step::Progress && std::mem::take(&mut self.said.behind) {
+            info!("Answers are consistent again");
+        }
+        Ok(step)
+    }
+
+    fn is_done(&self, next: u64) -> bool {
+        matches!(self.until, Until::Block(last) if next > last)
+    }
+
+    /// Asks for the head and sets the target. `Some`: there is nothing to read now.
+    async fn poll(&mut self, next: u64) -> Result<Option<Step>, Trouble> {
+        let tag = match self.settings.horizon {
+            config::Horizon::Latest => BlockTag::Latest,
+            config::Horizon::Safe => BlockTag::Safe,
+            config::Horizon::Finalized => BlockTag::Finalized,
+        };
+        let tag = if self.finality.untagged { BlockTag::Latest } else { tag };
+        let ask_finality = tag != BlockTag::Finalized && self.finality_is_due();
+        let mut calls = vec![Call::Header(tag)];
+        if ask_finality {
+            calls.push(Call::Header(BlockTag::Finalized));
+        }
+        if !self.factory_seen {
+            calls.push(Call::Code(self.factory));
+        }
+        let mut answers = self.ask(calls).await?.into_iter();
+        let head = answers.next().and_then(Answer::header);
+        let finalized = if ask_finality { answers.next().and_then(Answer::header) } else { None };
+        let code = answers.next().map(Answer::code);
+        let Some(head) = head else {
+            if tag != BlockTag::Latest {
+                return Err(Trouble::refused(Refused::UnknownTag(format!("{tag}: no such block"))));
+            }
+            return Err(Trouble::Disagreement("it has no latest block".into()));
+        };
+        if ask_finality {
+            self.finality.asked_at = Some(head.block.number);
+            if finalized.is_none() {
+                self.without_tag("the node has no finalized block");
+            }
+        }
+        let finalized = match tag {
+            BlockTag::Finalized => Some(head),
+            BlockTag::Number(_) | BlockTag::Latest | BlockTag::Safe => finalized,
+        };
+        self.see_head(head);
+        let horizon = self.horizon(tag, head.block.number);
+        self.note_finality(head.block.number, finalized.map(|header| header.block.number));
+        if let Some(wait) = self.wait_for_factory(code) {
+            return Ok(Some(wait));
+        }
+        self.aim(next, horizon);
+        if next > self.target.unwrap_or(0) {
+            return self.nothing_new(next, head).await.map(Some);
+        }
+        Ok(None)
+    }
+
+    /// The highest block that counts as there.
+    fn horizon(&self, tag: BlockTag, head: u64) -> Option<u64> {
+        match (tag, self.settings.horizon) {
+            (BlockTag::Latest, config::Horizon::Latest) => head.checked_sub(self.settings.confirmations),
+            // The node knows no tags: the depth stands in for them.
+            (BlockTag::Latest, config::Horizon::Safe | config::Horizon::Finalized) => {
+                head.checked_sub(self.settings.finality_depth)
+            }
+            (BlockTag::Safe | BlockTag::Finalized | BlockTag::Number(_), _) => Some(head),
+        }
+    }
+
+    fn aim(&mut self, next: u64, horizon: Option<u64>) {
+        let Some(horizon) = horizon else {
+            return;
+        };
+        if self.until == Until::Head && (horizon >= next || self.store.cursor().is_some()) {
+            info!(block = horizon, "Relaying up to block {horizon}");
+            self.until = Until::Block(horizon);
+        }
+        self.target = Some(match self.until {
+            Until::Block(last) => horizon.min(last),
+            Until::Forever | Until::Head => horizon,
+        });
+    }
+
+    async fn nothing_new(&mut self, next: u64, head: Header) -> Result<Step, Trouble> {
+        if let Until::Block(last) = self.until
+            && next <= last
+        {
+            self.say_not_there_yet(format_args!("Waiting for block {last}, the last one to relay"), head);
+        } else if self.store.cursor().is_none() {
+            self.say_not_there_yet(format_args!("Waiting for block {next}, where reading starts"), head);
+        }
+        // The head at or below the cursor: another node's lag, or another fork.
+        if let Some(cursor) = self.store.cursor()
+            && head.block.number <= cursor.number
+            && head.block != cursor
+        {
+            return self.look_back().await;
+        }
+        self.suspected = None;
+        Ok(Step::Idle)
+    }
+
+    fn say_not_there_yet(&mut self, what: std::fmt::Arguments<'_>, head: Header) {
+        if !std::mem::replace(&mut self.said.not_there_yet, true) {
+            warn!(head = head.block.number, "{what}: the node's head is at block {}", head.block.number);
+        }
+    }
+
+    /// The factory may be deployed later, or the node may still be syncing.
+    fn wait_for_factory(&mut self, code: Option<bool>) -> Option<Step> {
+        if self.factory_seen || code != Some(false) {
+            self.factory_seen = true;
+            if std::mem::take(&mut self.said.no_factory) {
+                info!("The factory is there: going on");
+            }
+            return None;
+        }
+        if !std::mem::replace(&mut self.said.no_factory, true) {
+            warn!(
+                factory = %format_args!("{:#x}", self.factory),
+                "No contract at factory.address {:#x} yet: waiting for it (a node still syncing, or a wrong address)",
+                self.factory
+            );
+        }
+        Some(Step::Idle)
+    }
+
+    /// Keeps the headers that link to this head.
+    fn see_head(&mut self, head: Header) {
+        let number = head.block.number;
+        let _forked = self.recent.split_off(&number);
+        let below = number.checked_sub(1).and_then(|below| self.recent.get(&below));
+        if below.is_some_and(|below| below.block.hash != head.parent_hash) {
+            self.recent.clear();
+        }
+        self.recent.insert(number, head);
+    }
+
+    fn finality_is_due(&self) -> bool {
+        if self.finality.untagged {
+            return false;
+        }
+        let Some(asked_at) = self.finality.asked_at else {
+            return true;
+        };
+        let head = self.recent.keys().next_back().copied().unwrap_or(asked_at);
+        head >= asked_at.saturating_add(FINALITY_REFRESH)
+    }
+
+    fn note_finality(&mut self, head: u64, tagged: Option<u64>) {
+        let known = match tagged {
+            Some(number) => Some(number),
+            None if self.finality.untagged => head.checked_sub(self.settings.finality_depth),
+            None => None,
+        };
+        self.finalized = self.finalized.max(known);
+    }
+
+    fn without_tag(&mut self, why: &str) {
+        if !std::mem::replace(&mut self.finality.untagged, true) {
+            warn!(
+                reason = %why,
+                "The node does not know the tags safe and finalized: blocks count as final {} blocks below the head",
+                self.settings.finality_depth
+            );
+        }
+    }
+
+    /// Changes the plan after a refusal.
+    fn replan(&mut self, refused: Refused, blocks: u64) -> Result<Step, ScanError> {
+        debug!(%refused, blocks, "Changing the plan");
+        match refused {
+            Refused::Cap(cap) => {
+                self.limits.cap(cap);
+                info!(blocks = cap.get(), "The provider takes at most {cap} blocks a range");
+                Ok(Step::Progress)
+            }
+            Refused::Use(range) => {
+                self.limits.shrink(range.blocks());
+                Ok(Step::Progress)
+            }
+            // Not a question of size: no smaller plan helps.
+            Refused::Halve(_) | Refused::FewerAddresses(_) | Refused::Unknown(_) if blocks == 0 => {
+                Ok(Step::Wait(GIVE_REST))
+            }
+            Refused::Halve(_) if self.limits.halve(blocks) => Ok(Step::Progress),
+            Refused::Unknown(_) if self.limits.halve(blocks) => Ok(Step::Progress),
+            Refused::Halve(_) | Refused::FewerAddresses(_) | Refused::Unknown(_) => {
+                let fewer = self.limits.fewer_addresses();
+                Ok(if fewer { Step::Progress } else { Step::Wait(GIVE_REST) })
+            }
+            Refused::Behind(_) => {
+                self.recent.clear();
+                self.target = None;
+                Ok(Step::Wait(SECOND_LOOK))
+            }
+            Refused::UnknownTag(why) => {
+                self.without_tag(&why);
+                Ok(Step::Progress)
+            }
+            Refused::HistoryGone(_) | Refused::Unsupported(_) => {
+                if !std::mem::replace(&mut self.said.behind, true) {
+                    warn!("{refused}: use another provider in rpc.urls; waiting");
+                }
+                Ok(Step::Wait(GIVE_REST))
+            }
+            Refused::WrongChain { .. } => Err(ScanError::WrongChain(refused)),
+        }
+    }
+
+    async fn ask(&self, calls: Vec<Call>) -> Result<Vec<Answer>, Trouble> {
+        self.chain.ask(calls).await.map_err(Trouble::refused)
+    }
+}
+
+/// Why a step read nothing.
+#[derive(Debug)]
+enum Trouble {
+    Store(StoreError),
+    /// The provider refused; logs of `blocks` were asked for at once, or none.
+    Refused {
+        refused: Refused,
+        blocks: u64,
+    },
+    /// Answers that cannot all be of one chain: thrown away whole.
+    Disagreement(String),
+}
+
+impl Trouble {
+    fn refused(refused: Refused) -> Self {
+        Self::Refused { refused, blocks: 0 }
+    }
+}
+
+impl From<StoreError> for Trouble {
+    fn from(error: StoreError) -> Self {
+        Self::Store(error)
+    }
+}
+
+/// Runs a store operation off the async threads: it waits for the disk.
+async fn on_disk<T: Send + 'static>(
+    store: &Arc<Store>,
+    work: impl FnOnce(&Store) -> Result<T, StoreError> + Send + 'static,
+) -> Result<T, StoreError> {
+    let store = Arc::clone(store);
+    match tokio::task::spawn_blocking(move || work(&store)).await {
+        Ok(result) => result,
+        Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
+    }
+}

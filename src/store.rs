@@ -1,0 +1,833 @@
+//! The embedded store: registry, event log, cursor and watermark in one redb file.
+//!
+//! Constraints it keeps:
+//!
+//! 1. One fact, one transaction. What a stretch of blocks brings (escrows, events, cursor) is committed together;
+//!    after a crash at any instant the file is the state before or after a whole commit.
+//! 2. The event log is append-only and a position is never used twice. Entries below the watermark are
+//!    acknowledged; above it the acknowledged ones are kept as runs.
+//! 3. `sequence` grows by one per message of an escrow, without gaps, retractions included.
+//! 4. An entry is dropped instead of retracted only if no publisher can have seen it: it was never claimed in
+//!    this process and did not exist when the file was opened.
+//! 5. A commit whose outcome is unknown (I/O error) is a fault of the process: restart reads what is true.
+
+mod registry;
+mod schema;
+
+use std::collections::{HashMap, HashSet};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, RwLock, RwLockReadGuard};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use alloy::primitives::{Address, B256};
+use redb::{
+    Database, DatabaseError, ReadableDatabase, ReadableTable, ReadableTableMetadata, StorageBackend,
+    StorageError, Table, WriteTransaction,
+};
+use thiserror::Error;
+use tokio::sync::watch;
+
+pub use registry::Registry;
+pub use schema::{Entry, Escrow, EscrowState, Identity, Kind, Quarantined};
+
+use crate::event::{BlockRef, Event, Retraction, event_id};
+use schema::{
+    ACKNOWLEDGED, BLOCKS, EVENT_LOG, IDENTITY, Life, MARKS, META, PROGRESS, Progress, QUARANTINE, REGISTRY,
+    Remembered, SCHEMA, WATERMARK, decode, encode,
+};
+
+/// Memory redb may use for pages, in bytes; its own default is 1 GiB.
+const CACHE_BYTES: usize = 64 << 20;
+
+/// What can go wrong with the store.
+#[derive(Debug, Error)]
+pub enum StoreError {
+    /// Another process has the file.
+    #[error("{path} is in use by another process: stop it first, or give this one another storage.path")]
+    Locked {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The file cannot be created or written.
+    #[error("storage.path {path} cannot be opened for writing: {source}; {remedy}")]
+    Unwritable {
+        /// The file.
+        path: PathBuf,
+        /// What the system says.
+        source: io::Error,
+        /// What to do.
+        remedy: String,
+    },
+    /// The store was made for something else.
+    #[error("storage.path {path} belongs to another relay:\n{differences}\n{remedy}")]
+    OtherIdentity {
+        /// The file.
+        path: PathBuf,
+        /// One line per difference, both sides named.
+        differences: String,
+        /// What to do.
+        remedy: &'static str,
+    },
+    /// A new store needs to know where to begin.
+    #[error(
+        "chain.start_block is not set, and {path} is new: set it (START_BLOCK, chain.start_block in relayer.toml) to \
+         the block that deployed the factory"
+    )]
+    NoStartBlock {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The file is not a store, or not whole.
+    #[error(
+        "the store is damaged or not a relayer's: {what}; restore a snapshot, or move the file away to read the \
+         chain again from chain.start_block (what was published will be published again)"
+    )]
+    Damaged {
+        /// What was found.
+        what: String,
+    },
+    /// A fork reaches below what the store remembers.
+    #[error(
+        "the chain forked below block {block}, which was final: nothing was changed; check that the RPC provider is \
+         on the right chain. If the fork is real, move the store away and read again from chain.start_block"
+    )]
+    ForkBelowFinality {
+        /// The newest block that cannot have left the chain.
+        block: u64,
+    },
+    /// The disk. The outcome of the commit is unknown until the file is opened again.
+    #[error("the store failed: {0}; free space or mend the disk, then start again: nothing is lost")]
+    Io(String),
+}
+
+impl StoreError {
+    /// Whether only a change of configuration can help.
+    pub fn is_configuration(&self) -> bool {
+        match self {
+            Self::Unwritable { .. } | Self::OtherIdentity { .. } | Self::NoStartBlock { .. } => true,
+            Self::Locked { .. } | Self::Damaged { .. } | Self::ForkBelowFinality { .. } | Self::Io(_) => {
+                false
+            }
+        }
+    }
+}
+
+macro_rules! io_error {
+    ($($source:ty),*) => {$(
+        impl From<$source> for StoreError {
+            fn from(error: $source) -> Self {
+                StoreError::Io(error.to_string())
+            }
+        }
+    )*};
+}
+io_error!(redb::TransactionError, redb::TableError, redb::StorageError, redb::CommitError);
+
+/// Blocks read and accepted: what one transaction stores.
+#[derive(Debug, Default)]
+pub struct Stretch {
+    /// Escrows seen for the first time, with the block that announced each.
+    pub announced: Vec<(Address, BlockRef)>,
+    /// Events in the order of [`Event::order`].
+    pub events: Vec<Event>,
+    /// Which of `events` end their escrow's life.
+    pub ends: HashSet<(u64, u64)>,
+    /// Logs that do not decode.
+    pub quarantined: Vec<Quarantined>,
+    /// Blocks whose hashes may be needed to find where a fork began, ascending; the last one is the new cursor.
+    pub blocks: Vec<BlockRef>,
+    /// The highest block known to be final: hashes below it are forgotten.
+    pub finalized: Option<u64>,
+}
+
+/// What a retraction did.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Withdrawal {
+    /// Messages withdrawn by a `Retracted`.
+    pub retracted: usize,
+    /// Entries dropped: no publisher had seen them.
+    pub dropped: usize,
+    /// Escrows taken out of the registry.
+    pub escrows: usize,
+}
+
+/// An entry handed to the publisher.
+#[derive(Clone, Debug)]
+pub struct Claimed {
+    /// Its place in the log.
+    pub position: u64,
+    /// The message.
+    pub entry: Entry,
+}
+
+/// The open store. All calls block on the disk: call them off the async threads.
+#[derive(Debug)]
+pub struct Store {
+    db: Database,
+    identity: Identity,
+    epoch: u64,
+    progress: Mutex<Progress>,
+    registry: RwLock<Registry>,
+    claims: Mutex<Claims>,
+    waiting: AtomicU64,
+    appended: watch::Sender<u64>,
+}
+
+/// What publishers have been given.
+#[derive(Debug)]
+struct Claims {
+    /// The next position to hand out.
+    next: u64,
+    /// Every entry below it may have been handed to the sink, by this process or one before.
+    seen_below: u64,
+}
+
+impl Store {
+    /// Opens the store at `path`, or makes it. `start_block` is needed the first time.
+    pub fn open(path: &Path, identity: Identity, start_block: Option<u64>) -> Result<Self, StoreError> {
+        let new = !path.exists();
+        if new && start_block.is_none() {
+            return Err(StoreError::NoStartBlock { path: path.to_owned() });
+        }
+        let db = builder().create(path).map_err(|error| open_error(path, error))?;
+        Self::start(db, path, identity, start_block)
+    }
+
+    /// The same on any backend: how tests crash it, count its syncs, or keep it in memory.
+    pub fn open_backend(
+        backend: impl StorageBackend,
+        identity: Identity,
+        start_block: Option<u64>,
+    ) -> Result<Self, StoreError> {
+        let path = Path::new("(memory)");
+        let db = builder().create_with_backend(backend).map_err(|error| open_error(path, error))?;
+        Self::start(db, path, identity, start_block)
+    }
+
+    fn start(
+        db: Database,
+        path: &Path,
+        identity: Identity,
+        start_block: Option<u64>,
+    ) -> Result<Self, StoreError> {
+        let (life, progress) = match read_life(&db)? {
+            Some(found) => found,
+            None => begin_life(&db, path, &identity, start_block)?,
+        };
+        if life.schema != SCHEMA {
+            return Err(StoreError::Damaged {
+                what: format!("it has layout version {}, this program knows {SCHEMA}", life.schema),
+            });
+        }
+        compare(path, &life.identity, &identity)?;
+        let read = db.begin_read()?;
+        let registry = Registry::load(&read.open_table(REGISTRY)?)?;
+        let watermark = read.open_table(MARKS)?.get(WATERMARK)?.map_or(0, |mark| mark.value());
+        let mut acknowledged_above = 0;
+        for run in read.open_table(ACKNOWLEDGED)?.iter()? {
+            let (start, end) = run?;
+            acknowledged_above += end.value() - start.value();
+        }
+        drop(read);
+        let waiting = progress.next_position - watermark - acknowledged_above;
+        Ok(Self {
+            db,
+            identity,
+            epoch: life.epoch,
+            claims: Mutex::new(Claims { next: watermark, seen_below: progress.next_position }),
+            appended: watch::Sender::new(progress.next_position),
+            progress: Mutex::new(progress),
+            registry: RwLock::new(registry),
+            waiting: AtomicU64::new(waiting),
+        })
+    }
+
+    /// What the store was made for.
+    pub fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    /// Names this life of the store: microseconds since 1970 when it began.
+    pub fn epoch(&self) -> u64 {
+        self.epoch
+    }
+
+    /// The last block accepted.
+    pub fn cursor(&self) -> Option<BlockRef> {
+        lock(&self.progress).cursor.map(|(number, hash)| BlockRef { number, hash })
+    }
+
+    /// The first block not yet accepted.
+    pub fn next_block(&self) -> u64 {
+        let progress = lock(&self.progress);
+        progress.cursor.map_or(progress.start_block, |(number, _)| number + 1)
+    }
+
+    /// The first block ever to read.
+    pub fn start_block(&self) -> u64 {
+        lock(&self.progress).start_block
+    }
+
+    /// The highest block known to be final.
+    pub fn finalized(&self) -> Option<u64> {
+        lock(&self.progress).finalized
+    }
+
+    /// The escrows.
+    pub fn registry(&self) -> RwLockReadGuard<'_, Registry> {
+        self.registry.read().expect("a registry writer panicked")
+    }
+
+    /// How many entries are not acknowledged.
+    pub fn waiting(&self) -> u64 {
+        self.waiting.load(Ordering::Acquire)
+    }
+
+    /// Changes whenever entries were appended: what an idle publisher waits on.
+    pub fn appended(&self) -> watch::Receiver<u64> {
+        self.appended.subscribe()
+    }
+
+    /// Accepted blocks whose hashes are known, newest first.
+    pub fn remembered(&self) -> Result<Vec<BlockRef>, StoreError> {
+        let read = self.db.begin_read()?;
+        let mut blocks = Vec::new();
+        for row in read.open_table(BLOCKS)?.iter()?.rev() {
+            let (number, value) = row?;
+            let remembered: Remembered = decode("blocks", value.value())?;
+            blocks.push(BlockRef { number: number.value(), hash: remembered.hash });
+        }
+        Ok(blocks)
+    }
+
+    /// Logs that did not decode.
+    pub fn quarantined(&self) -> Result<Vec<Quarantined>, StoreError> {
+        let read = self.db.begin_read()?;
+        let mut all = Vec::new();
+        for row in read.open_table(QUARANTINE)?.iter()? {
+            all.push(decode("quarantine", row?.1.value())?);
+        }
+        Ok(all)
+    }
+
+    /// Accepts blocks: registry, event log and cursor move together, or not at all.
+    pub fn accept(&self, stretch: &Stretch) -> Result<(), StoreError> {
+        let Some(cursor) = stretch.blocks.last() else {
+            return Ok(());
+        };
+        let mut progress = lock(&self.progress).clone();
+        let transaction = self.db.begin_write()?;
+        let changed = {
+            let mut lanes = Lanes::open(&transaction, self.epoch)?;
+            for (escrow, block) in &stretch.announced {
+                lanes.announce(*escrow, *block)?;
+            }
+            let mut log = transaction.open_table(EVENT_LOG)?;
+            let mut blocks = transaction.open_table(BLOCKS)?;
+            let mut events = stretch.events.iter().peekable();
+            for block in &stretch.blocks {
+                while let Some(event) = events.next_if(|event| event.block.number <= block.number) {
+                    let entry = lanes.event(event)?;
+                    if stretch.ends.contains(&(event.block.number, event.log_index)) {
+                        lanes.end(event.escrow, event.block.number)?;
+                    }
+                    log.insert(progress.next_position, encode(&entry)?.as_slice())?;
+                    progress.next_position += 1;
+                }
+                let remembered = Remembered { hash: block.hash, log_end: progress.next_position };
+                blocks.insert(block.number, encode(&remembered)?.as_slice())?;
+            }
+            assert!(events.next().is_none(), "an event beyond the cursor");
+            quarantine(&transaction, &stretch.quarantined)?;
+            progress.cursor = Some((cursor.number, cursor.hash));
+            progress.finalized = progress.finalized.max(stretch.finalized);
+            forget_final(&mut blocks, progress.finalized)?;
+            write_progress(&transaction, &progress)?;
+            lanes.close()?
+        };
+        transaction.commit()?;
+        self.moved(progress, changed, 0);
+        Ok(())
+    }
+
+    /// Moves the cursor back to `ancestor`, the newest accepted block still on the chain (`None`: none is), and
+    /// withdraws what came after it: newest first, on the same lanes.
+    pub fn retract(&self, ancestor: Option<BlockRef>) -> Result<Withdrawal, StoreError> {
+        // Held throughout: a publisher must not claim what is being dropped.
+        let claims = lock(&self.claims);
+        let mut progress = lock(&self.progress).clone();
+        let above = ancestor.map_or(0, |block| block.number + 1);
+        let lowest = above.max(progress.start_block);
+        if let (Some(finalized), Some((cursor, _))) = (progress.finalized, progress.cursor)
+            && lowest <= finalized.min(cursor)
+        {
+            return Err(StoreError::ForkBelowFinality { block: finalized });
+        }
+        let transaction = self.db.begin_write()?;
+        let mut withdrawal = Withdrawal::default();
+        let changed = {
+            let mut blocks = transaction.open_table(BLOCKS)?;
+            let log_end = log_end(&blocks, ancestor)?;
+            let mut lanes = Lanes::open(&transaction, self.epoch)?;
+            let mut log = transaction.open_table(EVENT_LOG)?;
+            let doomed = doomed(&log, log_end, above, claims.seen_below.max(claims.next))?;
+            let mut dropped = Vec::new();
+            for (position, entry, fate) in doomed {
+                if entry.announces && lanes.withdraw(entry.escrow, entry.block_hash)? {
+                    withdrawal.escrows += 1;
+                }
+                lanes.reopen(entry.escrow, above)?;
+                match fate {
+                    Fate::Drop => {
+                        lanes.take_back(&entry)?;
+                        log.remove(position)?;
+                        dropped.push(position);
+                    }
+                    Fate::Retract => {
+                        let retraction = lanes.retraction(position, &entry, self.identity.chain_id)?;
+                        log.insert(progress.next_position, encode(&retraction)?.as_slice())?;
+                        progress.next_position += 1;
+                        withdrawal.retracted += 1;
+                    }
+                }
+            }
+            withdrawal.dropped = dropped.len();
+            acknowledge(&transaction, &mut dropped)?;
+            blocks.retain_in(above.., |_, _| false)?;
+            transaction.open_table(QUARANTINE)?.retain_in((above, 0).., |_, _| false)?;
+            progress.cursor = ancestor.map(|block| (block.number, block.hash));
+            write_progress(&transaction, &progress)?;
+            lanes.close()?
+        };
+        transaction.commit()?;
+        self.moved(progress, changed, withdrawal.dropped as u64);
+        Ok(withdrawal)
+    }
+
+    /// Follows a commit in memory. `gone`: entries that no longer wait.
+    fn moved(&self, progress: Progress, changed: HashMap<Address, Option<Escrow>>, gone: u64) {
+        let mut registry = self.registry.write().expect("a registry writer panicked");
+        for (address, escrow) in changed {
+            registry.set(address, escrow.as_ref());
+        }
+        drop(registry);
+        let end = progress.next_position;
+        let mut current = lock(&self.progress);
+        self.waiting.fetch_add(end - current.next_position, Ordering::AcqRel);
+        self.waiting.fetch_sub(gone, Ordering::AcqRel);
+        *current = progress;
+        drop(current);
+        self.appended.send_if_modified(|last| std::mem::replace(last, end) != end);
+    }
+
+    /// The next entries to publish, at most `limit`, in log order. Each is handed out once per opening of the store.
+    pub fn claim(&self, limit: usize) -> Result<Vec<Claimed>, StoreError> {
+        let mut claims = lock(&self.claims);
+        let read = self.db.begin_read()?;
+        let log = read.open_table(EVENT_LOG)?;
+        let acknowledged = read.open_table(ACKNOWLEDGED)?;
+        let mut claimed = Vec::new();
+        for row in log.range(claims.next..)?.take(limit) {
+            let (position, value) = row?;
+            let position = position.value();
+            claims.next = position + 1;
+            let done = acknowledged.range(..=position)?.next_back().transpose()?;
+            if done.is_some_and(|(_, end)| position < end.value()) {
+                continue;
+            }
+            claimed.push(Claimed { position, entry: decode("event_log", value.value())? });
+        }
+        claims.seen_below = claims.seen_below.max(claims.next);
+        Ok(claimed)
+    }
+
+    /// Whether every entry has been handed out.
+    pub fn all_claimed(&self) -> bool {
+        let next = lock(&self.claims).next;
+        next >= lock(&self.progress).next_position
+    }
+
+    /// Records that the sink acknowledged these entries. The watermark follows where they close the gap to it.
+    pub fn acknowledge(&self, mut positions: Vec<u64>) -> Result<(), StoreError> {
+        if positions.is_empty() {
+            return Ok(());
+        }
+        let transaction = self.db.begin_write()?;
+        acknowledge(&transaction, &mut positions)?;
+        transaction.commit()?;
+        self.waiting.fetch_sub(positions.len() as u64, Ordering::AcqRel);
+        Ok(())
+    }
+
+    /// Every entry below it is acknowledged.
+    pub fn watermark(&self) -> Result<u64, StoreError> {
+        let read = self.db.begin_read()?;
+        Ok(read.open_table(MARKS)?.get(WATERMARK)?.map_or(0, |mark| mark.value()))
+    }
+
+    /// How many entries the log holds.
+    pub fn log_len(&self) -> Result<u64, StoreError> {
+        Ok(self.db.begin_read()?.open_table(EVENT_LOG)?.len()?)
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().expect("a store operation panicked")
+}
+
+fn builder() -> redb::Builder {
+    let mut builder = Database::builder();
+    builder.set_cache_size(CACHE_BYTES);
+    builder
+}
+
+fn open_error(path: &Path, error: DatabaseError) -> StoreError {
+    let path = path.to_owned();
+    match error {
+        DatabaseError::DatabaseAlreadyOpen => StoreError::Locked { path },
+        DatabaseError::Storage(StorageError::Io(source)) => match source.kind() {
+            io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof => {
+                StoreError::Damaged { what: format!("{} is not a redb file ({source})", path.display()) }
+            }
+            io::ErrorKind::NotFound => {
+                let remedy = "its directory does not exist: create it, or mount the volume".to_owned();
+                StoreError::Unwritable { path, source, remedy }
+            }
+            _ => {
+                let remedy = "set storage.path to a file in a directory this user may write".to_owned();
+                StoreError::Unwritable { path, source, remedy }
+            }
+        },
+        other => StoreError::Damaged { what: format!("{}: {other}", path.display()) },
+    }
+}
+
+fn read_life(db: &Database) -> Result<Option<(Life, Progress)>, StoreError> {
+    let read = db.begin_read()?;
+    let meta = match read.open_table(META) {
+        Ok(meta) => meta,
+        Err(redb::TableError::TableDoesNotExist(_)) => {
+            return match read.list_tables()?.next() {
+                // Killed between making the file and its first commit: nothing was lost.
+                None => Ok(None),
+                Some(_) => Err(StoreError::Damaged { what: "it has tables, but not a relayer's".into() }),
+            };
+        }
+        Err(error) => return Err(StoreError::Damaged { what: error.to_string() }),
+    };
+    let life =
+        meta.get(IDENTITY)?.ok_or_else(|| StoreError::Damaged { what: "it has no identity".into() })?;
+    let progress =
+        meta.get(PROGRESS)?.ok_or_else(|| StoreError::Damaged { what: "it has no cursor".into() })?;
+    Ok(Some((decode("meta", life.value())?, decode("meta", progress.value())?)))
+}
+
+fn begin_life(
+    db: &Database,
+    path: &Path,
+    identity: &Identity,
+    start_block: Option<u64>,
+) -> Result<(Life, Progress), StoreError> {
+    let start_block = start_block.ok_or_else(|| StoreError::NoStartBlock { path: path.to_owned() })?;
+    let life = Life { schema: SCHEMA, epoch: now_micros(), identity: identity.clone() };
+    let progress = Progress { start_block, cursor: None, next_position: 0, finalized: None };
+    let transaction = db.begin_write()?;
+    {
+        transaction.open_table(META)?.insert(IDENTITY, encode(&life)?.as_slice())?;
+        transaction.open_table(MARKS)?.insert(WATERMARK, 0)?;
+        transaction.open_table(REGISTRY)?;
+        transaction.open_table(EVENT_LOG)?;
+        transaction.open_table(BLOCKS)?;
+        transaction.open_table(ACKNOWLEDGED)?;
+        transaction.open_table(QUARANTINE)?;
+        write_progress(&transaction, &progress)?;
+    }
+    transaction.commit()?;
+    Ok((life, progress))
+}
+
+fn now_micros() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_micros() as u64)
+}
+
+fn compare(path: &Path, stored: &Identity, asked: &Identity) -> Result<(), StoreError> {
+    let mut differences = Vec::new();
+    let mut differ = |what: &str, stored: String, asked: String| {
+        if stored != asked {
+            differences.push(format!("  {what}: the store has {stored}, the configuration {asked}"));
+        }
+    };
+    differ("chain.id", stored.chain_id.to_string(), asked.chain_id.to_string());
+    differ("factory.address", format!("{:#x}", stored.factory), format!("{:#x}", asked.factory));
+    differ("sink", stored.sink.clone(), asked.sink.clone());
+    differ("sink.ordering", stored.ordering.clone(), asked.ordering.clone());
+    for lost in stored.signatures.iter().filter(|signature| !asked.signatures.contains(signature)) {
+        differences.push(format!("  signatures: the store has `{lost}`, the configuration has not"));
+    }
+    for added in asked.signatures.iter().filter(|signature| !stored.signatures.contains(signature)) {
+        differences.push(format!(
+            "  signatures: the configuration has `{added}`, the store has not: its history was never read"
+        ));
+    }
+    if differences.is_empty() {
+        return Ok(());
+    }
+    Err(StoreError::OtherIdentity {
+        path: path.to_owned(),
+        differences: differences.join("\n"),
+        remedy: "Use the configuration this store was made with, or set storage.path to a new file: it will be read \
+                 from chain.start_block and published whole.",
+    })
+}
+
+fn write_progress(transaction: &WriteTransaction, progress: &Progress) -> Result<(), StoreError> {
+    transaction.open_table(META)?.insert(PROGRESS, encode(progress)?.as_slice())?;
+    Ok(())
+}
+
+fn quarantine(transaction: &WriteTransaction, logs: &[Quarantined]) -> Result<(), StoreError> {
+    let mut table = transaction.open_table(QUARANTINE)?;
+    for log in logs {
+        table.insert((log.block.0, log.log_index), encode(log)?.as_slice())?;
+    }
+    Ok(())
+}
+
+/// Keeps the hashes of unfinal blocks, and of the newest final one: every fork begins at or after it.
+fn forget_final(
+    blocks: &mut Table<'_, u64, &'static [u8]>,
+    finalized: Option<u64>,
+) -> Result<(), StoreError> {
+    let Some(finalized) = finalized else {
+        return Ok(());
+    };
+    let newest = blocks.range(..=finalized)?.next_back().transpose()?.map(|(number, _)| number.value());
+    if let Some(newest) = newest {
+        blocks.retain_in(..newest, |_, _| false)?;
+    }
+    Ok(())
+}
+
+/// Entries of blocks after `ancestor` stand at or after this position.
+fn log_end(blocks: &Table<'_, u64, &'static [u8]>, ancestor: Option<BlockRef>) -> Result<u64, StoreError> {
+    let Some(ancestor) = ancestor else {
+        return Ok(0);
+    };
+    let row = blocks.get(ancestor.number)?;
+    let remembered: Option<Remembered> = row.map(|row| decode("blocks", row.value())).transpose()?;
+    let remembered = remembered.filter(|remembered| remembered.hash == ancestor.hash);
+    Ok(remembered.expect("an ancestor is one of the remembered blocks").log_end)
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Fate {
+    Retract,
+    Drop,
+}
+
+/// The events of blocks from `above` on that are still standing, newest first, and what becomes of each.
+fn doomed(
+    log: &Table<'_, u64, &'static [u8]>,
+    log_end: u64,
+    above: u64,
+    seen_below: u64,
+) -> Result<Vec<(u64, Entry, Fate)>, StoreError> {
+    let mut doomed = Vec::new();
+    let mut retracted = HashSet::new();
+    // Lanes with an entry that stays: what lies before it keeps its number, so it cannot be dropped.
+    let mut kept = HashSet::new();
+    for row in log.range(log_end..)?.rev() {
+        let (position, value) = row?;
+        let position = position.value();
+        let entry: Entry = decode("event_log", value.value())?;
+        match entry.kind {
+            Kind::Retraction { of } => {
+                retracted.insert(of);
+                kept.insert(entry.escrow);
+            }
+            Kind::Event if entry.block_number < above || retracted.contains(&position) => {
+                kept.insert(entry.escrow);
+            }
+            Kind::Event if position >= seen_below && !kept.contains(&entry.escrow) => {
+                doomed.push((position, entry, Fate::Drop));
+            }
+            Kind::Event => {
+                kept.insert(entry.escrow);
+                doomed.push((position, entry, Fate::Retract));
+            }
+        }
+    }
+    Ok(doomed)
+}
+
+/// Adds positions to the acknowledged runs and moves the watermark over the run that reaches it.
+fn acknowledge(transaction: &WriteTransaction, positions: &mut [u64]) -> Result<(), StoreError> {
+    positions.sort_unstable();
+    let mut runs = transaction.open_table(ACKNOWLEDGED)?;
+    let mut marks = transaction.open_table(MARKS)?;
+    let mut rest = &positions[..];
+    while let Some(&start) = rest.first() {
+        let length =
+            rest.iter().zip(start..).take_while(|(position, expected)| *position == expected).count();
+        add_run(&mut runs, start, start + length as u64)?;
+        rest = &rest[length..];
+    }
+    let watermark = marks.get(WATERMARK)?.map_or(0, |mark| mark.value());
+    let reached = runs.get(watermark)?.map(|end| end.value());
+    if let Some(end) = reached {
+        runs.remove(watermark)?;
+        marks.insert(WATERMARK, end)?;
+    }
+    Ok(())
+}
+
+/// Inserts `[start, end)`, merged with the runs it touches.
+fn add_run(runs: &mut Table<'_, u64, u64>, mut start: u64, mut end: u64) -> Result<(), StoreError> {
+    let before =
+        runs.range(..start)?.next_back().transpose()?.map(|(start, end)| (start.value(), end.value()));
+    if let Some((earlier, touching)) = before
+        && touching == start
+    {
+        start = earlier;
+    }
+    let after = runs.remove(end)?.map(|end| end.value());
+    end = after.unwrap_or(end);
+    runs.insert(start, end)?;
+    Ok(())
+}
+
+/// The escrows touched by one transaction: read once, numbered on, written once.
+struct Lanes<'txn> {
+    table: Table<'txn, &'static [u8; 20], &'static [u8]>,
+    touched: HashMap<Address, Option<Escrow>>,
+    epoch: u64,
+    now: u64,
+}
+
+impl<'txn> Lanes<'txn> {
+    fn open(transaction: &'txn WriteTransaction, epoch: u64) -> Result<Self, StoreError> {
+        let table = transaction.open_table(REGISTRY)?;
+        Ok(Self { table, touched: HashMap::new(), epoch, now: now_micros() / 1_000_000 })
+    }
+
+    fn touch(&mut self, address: Address) -> Result<&mut Option<Escrow>, StoreError> {
+        use std::collections::hash_map::Entry;
+        match self.touched.entry(address) {
+            Entry::Occupied(occupied) => Ok(occupied.into_mut()),
+            Entry::Vacant(vacant) => {
+                let row = self.table.get(&*address.0)?;
+                let escrow = row.map(|row| decode("registry", row.value())).transpose()?;
+                Ok(vacant.insert(escrow))
+            }
+        }
+    }
+
+    /// The row of an escrow that has a lane.
+    fn lane(&mut self, address: Address) -> Result<&mut Escrow, StoreError> {
+        let escrow = self.touch(address)?.as_mut();
+        Ok(escrow.unwrap_or_else(|| panic!("an entry for {address}, which was never announced")))
+    }
+
+    /// Registers an escrow; one that was withdrawn comes back and is numbered on.
+    fn announce(&mut self, address: Address, block: BlockRef) -> Result<(), StoreError> {
+        let slot = self.touch(address)?;
+        let last_sequence = slot.as_ref().map_or(0, |escrow| escrow.last_sequence);
+        *slot = Some(Escrow {
+            announced: (block.number, block.hash),
+            covered_from: block.number,
+            last_sequence,
+            ended: None,
+            state: EscrowState::Active,
+        });
+        Ok(())
+    }
+
+    fn end(&mut self, address: Address, block: u64) -> Result<(), StoreError> {
+        let escrow = self.lane(address)?;
+        escrow.ended = escrow.ended.or(Some(block));
+        Ok(())
+    }
+
+    /// Forgets an end of life in blocks that left the chain.
+    fn reopen(&mut self, address: Address, above: u64) -> Result<(), StoreError> {
+        let escrow = self.lane(address)?;
+        escrow.ended = escrow.ended.filter(|block| *block < above);
+        Ok(())
+    }
+
+    /// Takes an escrow out of the registry if this block is the one that announced it.
+    fn withdraw(&mut self, address: Address, block_hash: B256) -> Result<bool, StoreError> {
+        let escrow = self.lane(address)?;
+        let announced_there = escrow.announced.1 == block_hash && escrow.state == EscrowState::Active;
+        if announced_there {
+            escrow.state = EscrowState::Withdrawn;
+        }
+        Ok(announced_there)
+    }
+
+    fn event(&mut self, event: &Event) -> Result<Entry, StoreError> {
+        let (epoch, now) = (self.epoch, self.now);
+        let escrow = self.lane(event.escrow)?;
+        escrow.last_sequence += 1;
+        Ok(Entry {
+            kind: Kind::Event,
+            name: event.name.clone(),
+            announces: event.announces,
+            emitter: event.emitter,
+            escrow: event.escrow,
+            block_number: event.block.number,
+            block_hash: event.block.hash,
+            log_index: event.log_index,
+            sequence: escrow.last_sequence,
+            epoch,
+            late: false,
+            stored_at: now,
+            body: event.body.finish(escrow.last_sequence),
+        })
+    }
+
+    fn retraction(&mut self, of: u64, entry: &Entry, chain_id: u64) -> Result<Entry, StoreError> {
+        let (epoch, now) = (self.epoch, self.now);
+        let escrow = self.lane(entry.escrow)?;
+        escrow.last_sequence += 1;
+        let retraction = Retraction {
+            retracts: &event_id(chain_id, &entry.block_hash, entry.log_index),
+            retracted_event: &entry.body,
+            sequence: escrow.last_sequence,
+            chain_id,
+            emitter: entry.emitter,
+        };
+        let body = retraction.encode().map_err(|error| StoreError::Damaged {
+            what: format!("table event_log: the body at position {of} is not JSON: {error}"),
+        })?;
+        let kind = Kind::Retraction { of };
+        Ok(Entry { kind, sequence: escrow.last_sequence, epoch, stored_at: now, body, ..entry.clone() })
+    }
+
+    /// Frees the number of an entry that is dropped; always the lane's last.
+    fn take_back(&mut self, entry: &Entry) -> Result<(), StoreError> {
+        let escrow = self.lane(entry.escrow)?;
+        assert_eq!(escrow.last_sequence, entry.sequence, "only the end of a lane is dropped");
+        escrow.last_sequence -= 1;
+        Ok(())
+    }
+
+    /// Writes the rows back. An escrow withdrawn before anything of it could be published leaves no trace.
+    fn close(mut self) -> Result<HashMap<Address, Option<Escrow>>, StoreError> {
+        for (address, slot) in &mut self.touched {
+            let forgotten = slot
+                .as_ref()
+                .is_some_and(|escrow| escrow.state == EscrowState::Withdrawn && escrow.last_sequence == 0);
+            if forgotten {
+                *slot = None;
+            }
+            match slot {
+                Some(escrow) => self.table.insert(&*address.0, encode(escrow)?.as_slice())?,
+                None => self.table.remove(&*address.0)?,
+            };
+        }
+        Ok(self.touched)
+    }
+}

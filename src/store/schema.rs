@@ -1,0 +1,226 @@
+//! Tables, their keys and the layout of their values.
+//!
+//! Keys are chosen so that writes are sequential. A value is one version byte followed by its bincode; the
+//! configuration is byte-compatible with other encoders of the legacy layout, so there is a way out.
+
+use alloy::primitives::{Address, B256};
+use redb::TableDefinition;
+use serde::{Deserialize, Serialize};
+
+use super::StoreError;
+use crate::event::{Attributes, event_id, retraction_id};
+
+/// Address → [`Escrow`].
+pub(super) const REGISTRY: TableDefinition<&[u8; 20], &[u8]> = TableDefinition::new("registry");
+/// Position → [`Entry`], append-only: outbox, memory for retraction, recent ledger.
+pub(super) const EVENT_LOG: TableDefinition<u64, &[u8]> = TableDefinition::new("event_log");
+/// Unfinal (and the newest final) accepted block → [`Remembered`].
+pub(super) const BLOCKS: TableDefinition<u64, &[u8]> = TableDefinition::new("blocks");
+/// First position → one past the last, of each run acknowledged above the watermark.
+pub(super) const ACKNOWLEDGED: TableDefinition<u64, u64> = TableDefinition::new("acknowledged");
+/// (block, log index) → [`Quarantined`].
+pub(super) const QUARANTINE: TableDefinition<(u64, u64), &[u8]> = TableDefinition::new("quarantine");
+/// Name → value: [`IDENTITY`] and [`PROGRESS`].
+pub(super) const META: TableDefinition<&str, &[u8]> = TableDefinition::new("meta");
+
+pub(super) const IDENTITY: &str = "identity";
+pub(super) const PROGRESS: &str = "progress";
+/// Name → number; the watermark has its own row because the publisher moves it while the scanner moves [`PROGRESS`].
+pub(super) const MARKS: TableDefinition<&str, u64> = TableDefinition::new("marks");
+/// Every entry below it is acknowledged.
+pub(super) const WATERMARK: &str = "watermark";
+
+/// Version of this layout.
+pub(super) const SCHEMA: u32 = 1;
+const VALUE_VERSION: u8 = 1;
+/// No value is larger: what a damaged length may make us allocate, in bytes.
+const VALUE_LIMIT: usize = 256 << 20;
+
+/// What a store was made for. Opened for anything else it is refused.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
+    /// The chain.
+    pub chain_id: u64,
+    /// The factory.
+    pub factory: Address,
+    /// The events relayed, as sorted text.
+    pub signatures: Vec<String>,
+    /// Where messages go.
+    pub sink: String,
+    /// How they are ordered there.
+    pub ordering: String,
+}
+
+/// The identity as stored.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Life {
+    pub schema: u32,
+    /// Microseconds since 1970 when this life of the store began; grows with every life.
+    pub epoch: u64,
+    pub identity: Identity,
+}
+
+/// Where reading stands.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Progress {
+    /// The first block ever to read.
+    pub start_block: u64,
+    /// The last block accepted.
+    pub cursor: Option<(u64, B256)>,
+    /// The position of the next entry; never used twice.
+    pub next_position: u64,
+    /// The highest block known to be final.
+    pub finalized: Option<u64>,
+}
+
+/// One escrow of the registry.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Escrow {
+    /// Height and hash of the block that announced it.
+    pub announced: (u64, B256),
+    /// Its logs have been read from this block on.
+    pub covered_from: u64,
+    /// The sequence its last message carries; 0 before the first.
+    pub last_sequence: u64,
+    /// The block of the event that ended its life.
+    pub ended: Option<u64>,
+    /// Whether it is watched.
+    pub state: EscrowState,
+}
+
+/// Whether an escrow is watched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum EscrowState {
+    /// Watched.
+    Active,
+    /// Its announcement left the chain; kept because its lane has a history to number on from.
+    Withdrawn,
+}
+
+/// An accepted block whose hash may still be needed.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Remembered {
+    pub hash: B256,
+    /// Entries of later blocks stand at or after this position.
+    pub log_end: u64,
+}
+
+/// What an entry of the event log is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Kind {
+    /// A log of the factory or of an escrow.
+    Event,
+    /// Withdraws the event at that position.
+    Retraction {
+        /// Position of the event withdrawn.
+        of: u64,
+    },
+}
+
+/// One message of the event log, complete: the bytes stored are the bytes sent.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entry {
+    /// Event or retraction.
+    pub kind: Kind,
+    /// The original event's name, for a retraction too.
+    pub name: String,
+    /// Whether the event announces its escrow.
+    pub announces: bool,
+    /// Who emitted the log.
+    pub emitter: Address,
+    /// Whose lane it travels on.
+    pub escrow: Address,
+    /// The log's block.
+    pub block_number: u64,
+    /// The log's block, of which fork.
+    pub block_hash: B256,
+    /// The log's place in its block.
+    pub log_index: u64,
+    /// The message's place in its escrow's life.
+    pub sequence: u64,
+    /// The life of the store that numbered it.
+    pub epoch: u64,
+    /// Found after later ones of its escrow were published.
+    pub late: bool,
+    /// When it was stored, seconds since 1970.
+    pub stored_at: u64,
+    /// The message's body.
+    #[serde(with = "serde_bytes")]
+    pub body: Vec<u8>,
+}
+
+impl Entry {
+    /// The id of the message this entry is.
+    pub fn event_id(&self, chain_id: u64) -> String {
+        let id = event_id(chain_id, &self.block_hash, self.log_index);
+        match self.kind {
+            Kind::Event => id,
+            Kind::Retraction { .. } => retraction_id(&id, self.sequence),
+        }
+    }
+
+    /// What travels beside the body.
+    pub fn attributes(&self, chain_id: u64) -> Attributes {
+        let event_type = match self.kind {
+            Kind::Event => self.name.clone(),
+            Kind::Retraction { .. } => "Retracted".to_owned(),
+        };
+        Attributes {
+            event_type,
+            chain_id,
+            emitter: self.emitter,
+            escrow: self.escrow,
+            block_number: self.block_number,
+            event_id: self.event_id(chain_id),
+            sequence: self.sequence,
+            epoch: self.epoch,
+            late: self.late,
+        }
+    }
+}
+
+/// A log with a known topic that did not decode, whole, with the reason. It never enters a lane.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Quarantined {
+    /// Who emitted it.
+    pub address: Address,
+    /// Its topics.
+    pub topics: Vec<B256>,
+    /// Its data.
+    #[serde(with = "serde_bytes")]
+    pub data: Vec<u8>,
+    /// Height and hash of its block.
+    pub block: (u64, B256),
+    /// Its transaction.
+    pub transaction_hash: B256,
+    /// Its place in the block.
+    pub log_index: u64,
+    /// Why it does not decode.
+    pub reason: String,
+}
+
+fn config() -> impl bincode::config::Config {
+    bincode::config::legacy().with_limit::<VALUE_LIMIT>()
+}
+
+pub(super) fn encode<T: Serialize>(value: &T) -> Result<Vec<u8>, StoreError> {
+    let mut bytes = vec![VALUE_VERSION];
+    bincode::serde::encode_into_std_write(value, &mut bytes, config())
+        .map_err(|error| StoreError::Damaged { what: format!("a value cannot be encoded: {error}") })?;
+    Ok(bytes)
+}
+
+pub(super) fn decode<T: for<'de> Deserialize<'de>>(table: &str, bytes: &[u8]) -> Result<T, StoreError> {
+    let damaged = |what: String| StoreError::Damaged { what: format!("table {table}: {what}") };
+    let (&version, rest) = bytes.split_first().ok_or_else(|| damaged("an empty value".into()))?;
+    if version != VALUE_VERSION {
+        return Err(damaged(format!("a value of version {version}, this program knows {VALUE_VERSION}")));
+    }
+    let (value, used) = bincode::serde::decode_from_slice(rest, config())
+        .map_err(|error| damaged(format!("a value does not decode: {error}")))?;
+    // bincode accepts trailing bytes silently.
+    if used != rest.len() {
+        return Err(damaged(format!("a value has {} bytes too many", rest.len() - used)));
+    }
+    Ok(value)
+}

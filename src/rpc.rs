@@ -327,7 +327,7 @@ fn outcome(
                 code: Some(failure.code),
                 http_status,
                 retry_after,
-                data: failure.data.as_ref().map(|data: &Box<RawValue>| data.get()),
+                data: failure.data.as_deref().map(RawValue::get),
             };
             let verdict = classify(&refusal, wire::asked(call));
             let message = redact(&failure.message, MAX_TEXT);

@@ -10,7 +10,6 @@ use alloy::dyn_abi::Specifier;
 use alloy::json_abi::Event;
 use alloy::primitives::Address;
 use figment::value::Value;
-use humantime_serde::re::humantime;
 use reqwest::Url;
 
 use super::layers::{self, Raw};

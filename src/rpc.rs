@@ -8,7 +8,9 @@ mod transport;
 pub mod verdict;
 mod wire;
 
+use std::collections::HashSet;
 use std::num::NonZeroU32;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
@@ -17,6 +19,7 @@ use futures_util::future::try_join_all;
 use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
 use serde_json::value::RawValue;
 use tokio::sync::Semaphore;
+use tokio::time::Instant;
 use tracing::{debug, error, warn};
 
 use crate::config::{self, SecretUrl};
@@ -28,6 +31,10 @@ use verdict::{Asked, Refusal, Verdict, classify, redact};
 
 /// What is logged of a provider's text, in characters.
 const MAX_TEXT: usize = 500;
+/// How long a provider that failed is left alone while another answers.
+const STAY_AWAY: Duration = Duration::from_secs(60);
+/// Unknown refusals logged in full, at most.
+const UNKNOWN_TEXTS: usize = 100;
 /// The id of the `eth_chainId` that rides with the first calls to a provider.
 const CHAIN_ID: u64 = 0;
 
@@ -42,6 +49,10 @@ pub struct Rpc {
     requests: Semaphore,
     max_batch: usize,
     gate: Gate,
+    /// When another provider was turned to.
+    switched: Mutex<Instant>,
+    /// Texts already logged in full.
+    never_seen: Mutex<HashSet<String>>,
 }
 
 struct Provider {
@@ -94,6 +105,8 @@ impl Rpc {
             requests: Semaphore::new(config.max_concurrent.get()),
             max_batch: config.max_batch.get(),
             gate: Gate::default(),
+            switched: Mutex::new(Instant::now()),
+            never_seen: Mutex::default(),
         })
     }
 
@@ -119,7 +132,7 @@ impl Rpc {
             if pending.is_empty() {
                 return Ok(answers.into_iter().flatten().collect());
             }
-            let current = self.current.load(Ordering::Relaxed) % self.providers.len();
+            let current = self.current.load(Ordering::Relaxed);
             let provider = &self.providers[current];
             pending.truncate(provider.batch.load(Ordering::Relaxed).max(1));
             let asked: Vec<Call> = pending.iter().map(|index| calls[*index].clone()).collect();
@@ -156,7 +169,6 @@ impl Rpc {
         &self,
         provider: &Provider,
         refusing: Refusing,
-        call: &Call,
         batch: usize,
     ) -> Result<(Option<Duration>, String), Refused> {
         let Refusing { verdict, message } = refusing;
@@ -180,7 +192,10 @@ impl Rpc {
             Verdict::HistoryGone => Err(Refused::HistoryGone(message)),
             Verdict::UnknownTag => Err(Refused::UnknownTag(message)),
             Verdict::Unknown => {
-                warn!(provider = %provider.url, %message, ?call, "The provider refused with a message never seen");
+                let mut seen = self.never_seen.lock().expect("no code that panics runs under this lock");
+                if seen.len() < UNKNOWN_TEXTS && seen.insert(message.clone()) {
+                    warn!(provider = %provider.url, %message, "The provider refused with a message nobody has seen before");
+                }
                 Err(Refused::Unknown(message))
             }
         }
@@ -193,9 +208,24 @@ impl Rpc {
             return Err(wrong);
         }
         error!(provider = %self.providers[current].url, "{wrong}");
-        self.current.store(current + 1, Ordering::Relaxed);
+        self.use_provider(current + 1);
         self.gate.failed(&self.providers[current].url, &wrong.to_string(), None);
         Ok(())
+    }
+
+    fn use_provider(&self, index: usize) {
+        self.current.store(index % self.providers.len(), Ordering::Relaxed);
+        *self.switched.lock().expect("no code that panics runs under this lock") = Instant::now();
+    }
+
+    /// Goes back to the preferred provider after a while with another.
+    fn prefer_first(&self) {
+        let other = self.current.load(Ordering::Relaxed) != 0;
+        if other
+            && self.switched.lock().expect("no code that panics runs under this lock").elapsed() > STAY_AWAY
+        {
+            self.use_provider(0);
+        }
     }
 
     /// One HTTP request with all these calls.

@@ -168,8 +168,7 @@ impl<C: Chain> Scanner<C> {
                 return Ok(Step::Done);
             }
         }
-        let target = self.target.unwrap_or(0);
-        let Some(pending) = BlockRange::new(next, target) else {
+        let Some(pending) = self.target.and_then(|target| BlockRange::new(next, target)) else {
             return Ok(Step::Idle);
         };
         let step = self.read(pending).await?;
@@ -226,10 +225,10 @@ impl<C: Chain> Scanner<C> {
             return Ok(Some(wait));
         }
         self.aim(next, horizon);
-        if next > self.target.unwrap_or(0) {
-            return self.nothing_new(next, head).await.map(Some);
+        if self.is_done(next) || self.target.is_some_and(|target| next <= target) {
+            return Ok(None);
         }
-        Ok(None)
+        self.nothing_new(next, head).await.map(Some)
     }
 
     /// The highest block that counts as there.

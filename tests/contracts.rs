@@ -21,8 +21,5 @@ fn the_artifact_is_what_the_sources_compile_to() {
     assert!(output.status.success(), "{REFRESH} failed:\n{said}");
 
     let committed = std::fs::read(contracts.join("artifact.json")).unwrap_or_default();
-    assert!(
-        committed == output.stdout,
-        "tests/contracts/artifact.json is stale; refresh it with: {REFRESH}"
-    );
+    assert!(committed == output.stdout, "tests/contracts/artifact.json is stale; refresh it with: {REFRESH}");
 }

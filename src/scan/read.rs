@@ -61,6 +61,7 @@ impl<C: Chain> Scanner<C> {
         marks.insert(end.block.number, end.block);
         let queried = watched.len() + harvest.fresh.len();
         self.accept(range, harvest, &times, marks.into_values().collect(), queried, started).await?;
+        self.recent = self.recent.split_off(&(range.to() + 1));
         self.limits.grow(blocks);
         Ok(Step::Progress)
     }

@@ -38,11 +38,7 @@ impl Anvil {
     #[allow(clippy::new_ret_no_self)]
     pub fn new() -> Options {
         // First come, first mined: the order in which a test sent them is the order in the block.
-        Options {
-            port: 0,
-            args: vec![],
-        }
-        .args(["--order", "fifo", "--gas-limit", "30000000000"])
+        Options { port: 0, args: vec![] }.args(["--order", "fifo", "--gas-limit", "30000000000"])
     }
 
     /// As [`Anvil::new`] says, without further options.
@@ -93,11 +89,7 @@ impl Options {
 
     /// The block gas limit; given again, the last one counts.
     pub fn gas_limit(mut self, gas: u64) -> Self {
-        let at = self
-            .args
-            .iter()
-            .position(|arg| arg == "--gas-limit")
-            .expect("Anvil::new set it");
+        let at = self.args.iter().position(|arg| arg == "--gas-limit").expect("Anvil::new set it");
         self.args[at + 1] = gas.to_string().into();
         self
     }
@@ -145,11 +137,7 @@ impl Options {
         anvil.port = match hear_port.recv_timeout(START_TIMEOUT) {
             Ok(port) => port.context("anvil printed no usable port")?,
             Err(mpsc::RecvTimeoutError::Disconnected) => {
-                bail!(
-                    "{} ended before it listened: {}",
-                    binary.display(),
-                    anvil.child.wait()?
-                )
+                bail!("{} ended before it listened: {}", binary.display(), anvil.child.wait()?)
             }
             Err(mpsc::RecvTimeoutError::Timeout) => {
                 bail!("{} did not listen within {START_TIMEOUT:?}", binary.display())
@@ -166,9 +154,7 @@ fn find() -> Result<PathBuf> {
     }
     let name = format!("anvil{}", env::consts::EXE_SUFFIX);
     let in_path = env::var_os("PATH").and_then(|path| {
-        env::split_paths(&path)
-            .map(|folder| folder.join(&name))
-            .find(|file| file.is_file())
+        env::split_paths(&path).map(|folder| folder.join(&name)).find(|file| file.is_file())
     });
     match in_path {
         Some(path) => Ok(path),
@@ -188,18 +174,11 @@ fn from_npm(name: &str) -> Result<PathBuf> {
         arch => arch,
     };
     let platform = format!("@foundry-rs/anvil-{os}-{arch}");
-    let packages = [
-        format!("@foundry-rs/anvil@{ANVIL_VERSION}"),
-        format!("{platform}@{ANVIL_VERSION}"),
-    ];
+    let packages = [format!("@foundry-rs/anvil@{ANVIL_VERSION}"), format!("{platform}@{ANVIL_VERSION}")];
     let home = npm_install(&format!("anvil-{ANVIL_VERSION}"), &packages)
         .context("no anvil: ANVIL is not set, PATH has none, and npm did not bring it")?;
     let binary = home.join("node_modules").join(platform).join("bin").join(name);
-    ensure!(
-        binary.is_file(),
-        "npm installed anvil without {}",
-        binary.display()
-    );
+    ensure!(binary.is_file(), "npm installed anvil without {}", binary.display());
     Ok(binary)
 }
 
@@ -223,13 +202,7 @@ fn npm_install(name: &str, packages: &[String]) -> Result<PathBuf> {
     fs::create_dir(&partial)?;
     fs::write(partial.join("package.json"), "{ \"private\": true }\n")?; // else npm looks for one further up
     let output = Command::new(if cfg!(windows) { "npm.cmd" } else { "npm" })
-        .args([
-            "install",
-            "--no-audit",
-            "--no-fund",
-            "--ignore-scripts",
-            "--loglevel=error",
-        ])
+        .args(["install", "--no-audit", "--no-fund", "--ignore-scripts", "--loglevel=error"])
         .args(packages)
         .current_dir(&partial)
         .output()

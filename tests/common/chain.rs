@@ -118,12 +118,7 @@ pub struct Block {
 
 impl Chain {
     pub async fn connect(url: impl Into<String>) -> Chain {
-        let mut chain = Chain {
-            http: reqwest::Client::new(),
-            url: url.into(),
-            accounts: vec![],
-            gas: 0,
-        };
+        let mut chain = Chain { http: reqwest::Client::new(), url: url.into(), accounts: vec![], gas: 0 };
         chain.accounts = chain.read("eth_accounts", json!([])).await;
         chain.gas = chain.head().await.gas_limit.min(TRANSACTION_GAS);
         chain
@@ -135,16 +130,8 @@ impl Chain {
         let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
         let request = json!({ "jsonrpc": "2.0", "id": id, "method": method, "params": params });
         let answer = async {
-            let sent = self
-                .http
-                .post(&self.url)
-                .header("content-type", "application/json");
-            sent.body(request.to_string())
-                .send()
-                .await?
-                .error_for_status()?
-                .bytes()
-                .await
+            let sent = self.http.post(&self.url).header("content-type", "application/json");
+            sent.body(request.to_string()).send().await?.error_for_status()?.bytes().await
         };
         let bytes = answer.await.unwrap_or_else(|error| panic!("{method}: {error:?}"));
         let mut answer: Value = serde_json::from_slice(&bytes).expect("JSON-RPC answers are JSON");
@@ -185,30 +172,20 @@ impl Chain {
         let data = match compiled.abi.constructor() {
             Some(constructor) => {
                 let args = fitted(&constructor.inputs, args);
-                let args = constructor
-                    .abi_encode_input(&args)
-                    .expect("arguments fit the constructor");
+                let args = constructor.abi_encode_input(&args).expect("arguments fit the constructor");
                 [&compiled.bytecode[..], &args].concat()
             }
             None => compiled.bytecode.to_vec(),
         };
         let transaction = self.submit(self.account(0), None, data.into()).await;
         let receipt = self.settle(transaction).await;
-        self.at(
-            contract,
-            receipt.contract_address.expect("a deployment has an address"),
-        )
+        self.at(contract, receipt.contract_address.expect("a deployment has an address"))
     }
 
     /// The contract of that name at a known address.
     pub fn at(&self, contract: &str, address: Address) -> Contract {
         let abi = &compiled(contract).abi;
-        Contract {
-            chain: self.clone(),
-            name: contract.to_owned(),
-            address,
-            abi,
-        }
+        Contract { chain: self.clone(), name: contract.to_owned(), address, abi }
     }
 
     /// Hands a transaction to the pool and does not wait for it.
@@ -254,8 +231,7 @@ impl Chain {
     }
 
     pub async fn block(&self, number: u64) -> Block {
-        self.read("eth_getBlockByNumber", json!([hex(number), false]))
-            .await
+        self.read("eth_getBlockByNumber", json!([hex(number), false])).await
     }
 
     pub async fn head(&self) -> Block {
@@ -282,9 +258,7 @@ impl Chain {
     pub async fn reorg_keeping(&self, depth: u64, keep: &[(B256, u64)]) {
         let mut pairs = vec![];
         for (transaction, offset) in keep {
-            let raw = self
-                .rpc("eth_getRawTransactionByHash", json!([transaction]))
-                .await;
+            let raw = self.rpc("eth_getRawTransactionByHash", json!([transaction])).await;
             assert!(raw.is_string(), "no transaction {transaction}");
             pairs.push(json!([raw, offset]));
         }
@@ -330,9 +304,7 @@ impl Contract {
     }
 
     pub async fn submit_from(&self, from: Address, function: &str, args: &[DynSolValue]) -> B256 {
-        self.chain
-            .submit(from, Some(self.address), self.calldata(function, args))
-            .await
+        self.chain.submit(from, Some(self.address), self.calldata(function, args)).await
     }
 
     /// What a view function answers.
@@ -340,9 +312,7 @@ impl Contract {
         let request = json!({ "to": self.address, "data": self.calldata(function, args) });
         let output: Bytes = self.chain.read("eth_call", json!([request, "latest"])).await;
         let function = self.function(function);
-        function
-            .abi_decode_output(&output)
-            .unwrap_or_else(|error| panic!("{}: {error}", function.name))
+        function.abi_decode_output(&output).unwrap_or_else(|error| panic!("{}: {error}", function.name))
     }
 
     /// What a view function without arguments answers, if that is one number or one truth value.
@@ -373,11 +343,7 @@ impl Contract {
 
     /// For a factory: the escrows it announced in this transaction, each once.
     pub fn escrows_in(&self, receipt: &Receipt) -> Vec<Contract> {
-        let kind = if self.name == "OlderFactory" {
-            "OlderEscrow"
-        } else {
-            "Escrow"
-        };
+        let kind = if self.name == "OlderFactory" { "OlderEscrow" } else { "Escrow" };
         let mut addresses = vec![];
         for log in &receipt.logs {
             let announced = event_of(log).is_some_and(|event| event.name == "EscrowDeployed");
@@ -388,10 +354,7 @@ impl Contract {
                 }
             }
         }
-        addresses
-            .into_iter()
-            .map(|address| self.chain.at(kind, address))
-            .collect()
+        addresses.into_iter().map(|address| self.chain.at(kind, address)).collect()
     }
 
     /// For an `EscrowFactory`: creates one escrow through `function`, which takes the arguments of `createEscrow`.
@@ -414,27 +377,15 @@ impl Contract {
     /// Arguments for `createEscrow` and its kin: payer, payee and arbiter are accounts 1 to 3.
     pub fn escrow_args(&self) -> Vec<DynSolValue> {
         let party = |index| self.chain.account(index).into();
-        vec![
-            party(1),
-            party(2),
-            party(3),
-            1_000_000_000_000_000_000u64.into(),
-            86_400u64.into(),
-            2u8.into(),
-        ]
+        vec![party(1), party(2), party(3), 1_000_000_000_000_000_000u64.into(), 86_400u64.into(), 2u8.into()]
     }
 
     /// For a `Batch`: all these calls in one transaction, in this order.
     pub async fn run(&self, calls: &[(&Contract, &str, &[DynSolValue])]) -> Receipt {
         let targets: Vec<DynSolValue> = calls.iter().map(|(target, ..)| target.address.into()).collect();
-        let data = calls
-            .iter()
-            .map(|(target, function, args)| target.calldata(function, args).to_vec().into());
-        self.send(
-            "run",
-            &[DynSolValue::Array(targets), DynSolValue::Array(data.collect())],
-        )
-        .await
+        let data =
+            calls.iter().map(|(target, function, args)| target.calldata(function, args).to_vec().into());
+        self.send("run", &[DynSolValue::Array(targets), DynSolValue::Array(data.collect())]).await
     }
 }
 
@@ -448,18 +399,12 @@ pub fn event_of(log: &Log) -> Option<&'static Event> {
 
 /// Every event our contracts declare; one that several declare comes several times.
 pub fn events() -> impl Iterator<Item = &'static Event> {
-    ARTIFACT
-        .contracts
-        .values()
-        .flat_map(|contract| contract.abi.events())
+    ARTIFACT.contracts.values().flat_map(|contract| contract.abi.events())
 }
 
 fn compiled(contract: &str) -> &'static Compiled {
     ARTIFACT.contracts.get(contract).unwrap_or_else(|| {
-        panic!(
-            "no contract {contract}, only {:?}",
-            ARTIFACT.contracts.keys().collect::<Vec<_>>()
-        )
+        panic!("no contract {contract}, only {:?}", ARTIFACT.contracts.keys().collect::<Vec<_>>())
     })
 }
 

@@ -22,9 +22,10 @@ use std::{
 
 pub use googleapis_tonic_google_pubsub_v1::google::pubsub::v1::Subscription;
 use googleapis_tonic_google_pubsub_v1::google::pubsub::v1::{
-    AcknowledgeRequest, DeleteSubscriptionRequest, DeleteTopicRequest, GetSubscriptionRequest, GetTopicRequest,
-    ModifyAckDeadlineRequest, PublishRequest, PublishResponse, PubsubMessage, PullRequest, PullResponse,
-    StreamingPullRequest, StreamingPullResponse, Topic, streaming_pull_response::SubscriptionProperties,
+    AcknowledgeRequest, DeleteSubscriptionRequest, DeleteTopicRequest, GetSubscriptionRequest,
+    GetTopicRequest, ModifyAckDeadlineRequest, PublishRequest, PublishResponse, PubsubMessage, PullRequest,
+    PullResponse, StreamingPullRequest, StreamingPullResponse, Topic,
+    streaming_pull_response::SubscriptionProperties,
 };
 use tokio::{
     runtime::Runtime,
@@ -362,7 +363,11 @@ impl Shared {
             let attempt = Attempt {
                 index: state.requests.len(),
                 topic: request.topic.clone(),
-                ordering_key: request.messages.first().map(|first| first.ordering_key.clone()).unwrap_or_default(),
+                ordering_key: request
+                    .messages
+                    .first()
+                    .map(|first| first.ordering_key.clone())
+                    .unwrap_or_default(),
                 messages: request.messages.len(),
                 at: Instant::now(),
             };
@@ -433,7 +438,9 @@ impl Shared {
         match subscription.ack_deadline_seconds {
             0 => subscription.ack_deadline_seconds = 10,
             10..=600 => {}
-            seconds => return Err(invalid(format!("ack_deadline_seconds is {seconds}; allowed is 10 to 600"))),
+            seconds => {
+                return Err(invalid(format!("ack_deadline_seconds is {seconds}; allowed is 10 to 600")));
+            }
         }
         let delivery = Delivery::new(&subscription)?;
         let mut state = self.lock();
@@ -463,7 +470,12 @@ impl Shared {
         Ok(())
     }
 
-    fn modify_ack_deadline(&self, subscription: &str, ack_ids: &[String], seconds: i32) -> Result<(), Status> {
+    fn modify_ack_deadline(
+        &self,
+        subscription: &str,
+        ack_ids: &[String],
+        seconds: i32,
+    ) -> Result<(), Status> {
         let Some(seconds) = u64::try_from(seconds).ok().filter(|seconds| *seconds <= 600) else {
             return Err(invalid(format!("ack_deadline_seconds is {seconds}; allowed is 0 to 600")));
         };
@@ -539,7 +551,9 @@ impl Shared {
             if !request.ack_ids.is_empty() {
                 self.acknowledge(subscription, &request.ack_ids)?;
             }
-            for (ack_id, seconds) in request.modify_deadline_ack_ids.iter().zip(request.modify_deadline_seconds) {
+            for (ack_id, seconds) in
+                request.modify_deadline_ack_ids.iter().zip(request.modify_deadline_seconds)
+            {
                 self.modify_ack_deadline(subscription, std::slice::from_ref(ack_id), seconds)?;
             }
         }
@@ -689,7 +703,8 @@ async fn route(shared: Arc<Shared>, request: http::Request<Body>) -> http::Respo
             unary(request, |get: GetTopicRequest| async move { shared.get_topic(&get.topic) }).await
         }
         "Publisher/DeleteTopic" => {
-            unary(request, |delete: DeleteTopicRequest| async move { shared.delete_topic(&delete.topic) }).await
+            unary(request, |delete: DeleteTopicRequest| async move { shared.delete_topic(&delete.topic) })
+                .await
         }
         "Publisher/Publish" => {
             unary(request, |publish: PublishRequest| async move { shared.publish(publish).await }).await
@@ -709,9 +724,7 @@ async fn route(shared: Arc<Shared>, request: http::Request<Body>) -> http::Respo
             })
             .await
         }
-        "Subscriber/Pull" => {
-            unary(request, |pull: PullRequest| async move { shared.pull(pull).await }).await
-        }
+        "Subscriber/Pull" => unary(request, |pull: PullRequest| async move { shared.pull(pull).await }).await,
         "Subscriber/Acknowledge" => {
             unary(request, |ack: AcknowledgeRequest| async move {
                 shared.acknowledge(&ack.subscription, &ack.ack_ids)

@@ -60,7 +60,11 @@ impl Delivery {
     /// Of a message just published: takes it in if it is this subscription's.
     pub fn offer(&mut self, message: &Message) {
         if message.topic == self.settings.topic && self.filter.lets_pass(message) {
-            self.waiting.push_back(Entry { position: self.next_position, message: message.clone(), attempt: 1 });
+            self.waiting.push_back(Entry {
+                position: self.next_position,
+                message: message.clone(),
+                attempt: 1,
+            });
             self.next_position += 1;
         }
     }
@@ -134,7 +138,8 @@ impl Delivery {
     fn end_lease(&mut self, id: u64) -> Option<Entry> {
         let entry = self.leased.remove(&id)?.entry;
         if self.is_bound(&entry.message.ordering_key) {
-            let (_, held) = self.holders.get_mut(&entry.message.ordering_key).expect("a lent key has a holder");
+            let (_, held) =
+                self.holders.get_mut(&entry.message.ordering_key).expect("a lent key has a holder");
             *held -= 1;
             if *held == 0 {
                 self.holders.remove(&entry.message.ordering_key);
@@ -191,7 +196,9 @@ impl Filter {
         }
         let terms = text.split(" AND ").map(|term| Term::parse(term.trim()));
         let terms = terms.collect::<Option<_>>();
-        terms.map(Filter).ok_or_else(|| invalid(format!("this server does not understand the filter {text:?}")))
+        terms
+            .map(Filter)
+            .ok_or_else(|| invalid(format!("this server does not understand the filter {text:?}")))
     }
 
     fn lets_pass(&self, message: &Message) -> bool {

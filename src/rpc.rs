@@ -146,18 +146,23 @@ impl Rpc {
             };
             let mut fault = None;
             for (outcome, index) in outcomes.into_iter().zip(&pending) {
-                match outcome {
+                match outcome.map_err(|refusing| self.judge(provider, refusing, asked.len())) {
                     Ok(answer) => answers[*index] = Some(answer),
-                    Err(refusing) => {
-                        fault = Some(self.judge(provider, refusing, &calls[*index], asked.len())?)
+                    Err(Ok(wait)) => fault = Some(wait),
+                    Err(Err(refused)) => {
+                        self.gate.succeeded();
+                        return Err(refused);
                     }
                 }
             }
             match fault {
-                None => self.gate.succeeded(),
+                None => {
+                    self.gate.succeeded();
+                    self.prefer_first();
+                }
                 Some((hint, message)) => {
                     self.gate.failed(&provider.url, &message, hint);
-                    self.current.store(current + 1, Ordering::Relaxed);
+                    self.use_provider(current + 1);
                 }
             }
             drop(probe);

@@ -87,7 +87,7 @@ pub struct Message {
 /// A publish request as it came in, whatever became of it.
 #[derive(Debug, Clone)]
 pub struct Attempt {
-    /// 0 for the first since the server began.
+    /// 0 for the first since the server began, or since [`PubSub::forget`].
     pub index: usize,
     pub topic: String,
     /// Of the first message; a request with several keys is refused anyway.

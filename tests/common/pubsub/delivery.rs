@@ -27,7 +27,6 @@ pub struct Delivery {
 struct Entry {
     position: u64,
     message: Message,
-    attempt: i32,
 }
 
 struct Lease {
@@ -60,11 +59,7 @@ impl Delivery {
     /// Of a message just published: takes it in if it is this subscription's.
     pub fn offer(&mut self, message: &Message) {
         if message.topic == self.settings.topic && self.filter.lets_pass(message) {
-            self.waiting.push_back(Entry {
-                position: self.next_position,
-                message: message.clone(),
-                attempt: 1,
-            });
+            self.waiting.push_back(Entry { position: self.next_position, message: message.clone() });
             self.next_position += 1;
         }
     }
@@ -86,7 +81,9 @@ impl Delivery {
         let mut taken = vec![];
         let mut passed_over = VecDeque::new();
         while taken.len() < max {
-            let Some(entry) = self.waiting.pop_front() else { break };
+            let Some(entry) = self.waiting.pop_front() else {
+                break;
+            };
             let key = entry.message.ordering_key.clone();
             if self.is_bound(&key) {
                 let (holder, held) = self.holders.entry(key).or_insert((consumer, 0));
@@ -150,7 +147,9 @@ impl Delivery {
 
     /// Back into the queue, where it was; with ordering, all later ones of its key too.
     fn give_back(&mut self, id: u64) {
-        let Some(Lease { entry: first, .. }) = self.leased.get(&id) else { return };
+        let Some(Lease { entry: first, .. }) = self.leased.get(&id) else {
+            return;
+        };
         let mut back = vec![id];
         if self.is_bound(&first.message.ordering_key) {
             let later = |lease: &Lease| {
@@ -160,8 +159,7 @@ impl Delivery {
             back.extend(self.leased.iter().filter(|(_, lease)| later(lease)).map(|(id, _)| *id));
         }
         for id in back {
-            let mut entry = self.end_lease(id).expect("it is lent");
-            entry.attempt += 1;
+            let entry = self.end_lease(id).expect("it is lent");
             let place = self.waiting.partition_point(|waiting| waiting.position < entry.position);
             self.waiting.insert(place, entry);
         }

@@ -5,6 +5,8 @@
 
 mod message;
 mod signature;
+#[cfg(test)]
+mod tests;
 
 use std::fmt;
 

@@ -10,6 +10,8 @@
 //! 4. A refused message blocks its own lane only; what looks like an outage is probed by one run at a time.
 
 mod lane;
+#[cfg(test)]
+mod tests;
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::future::Future;
@@ -313,34 +315,46 @@ impl<S: Sink> Publisher<S> {
     fn hand_over(&mut self) {
         if let Some(outage) = &self.outage {
             if self.in_flight.is_empty() && outage.resume_at <= Instant::now() {
-                if self.ready.is_empty()
-                    && let Some((_, id)) = self.retries.pop_first()
-                    && let Some(front) = self.lanes.get_mut(&id).and_then(Lane::rest)
-                {
-                    self.ready.insert((front, id));
-                }
-                if let Some((_, id)) = self.ready.pop_first() {
-                    self.send(id, 1);
-                }
+                self.probe();
             }
             return;
         }
         let mut starved = Vec::new();
         while let Some((front, id)) = self.ready.pop_first() {
-            let room = self.max_outstanding - self.outstanding;
-            // What a lane may have under way, so that one that fails leaves room for the others.
-            let limit = self.lanes[&id].may_send(room, (self.max_outstanding / 2).max(1));
-            if limit == 0 {
-                starved.push((front, id));
-                // Without room only lanes that failed may go on; unless something is under way that will make room.
-                if room == 0 && !self.in_flight.is_empty() {
-                    break;
-                }
+            let limit = self.may_send(&id);
+            if limit > 0 {
+                self.send(id, limit);
                 continue;
             }
-            self.send(id, limit);
+            starved.push((front, id));
+            // Without room only lanes that failed may go on; unless something is under way that will make room.
+            if self.outstanding == self.max_outstanding && !self.in_flight.is_empty() {
+                break;
+            }
         }
         self.ready.extend(starved);
+    }
+
+    /// In an outage: one message of the first lane that may send, ready ones before those that failed lately.
+    fn probe(&mut self) {
+        let ready = self.ready.iter().map(|(_, id)| *id);
+        let failed = self.retries.iter().map(|(_, id)| *id);
+        let fit = |id: &LaneId| !self.lanes[id].is_blocked() && self.may_send(id) > 0;
+        let Some(id) = ready.chain(failed).find(fit) else {
+            // Only blocked lanes are left: each has its own pause.
+            return self.end_outage();
+        };
+        self.ready.retain(|(_, ready)| *ready != id);
+        self.retries.retain(|(_, failed)| *failed != id);
+        self.lanes.get_mut(&id).expect("a ready lane exists").rest();
+        self.send(id, 1);
+    }
+
+    /// How many messages of a lane may go now, within the bound on what may be repeated. A lane has at most half
+    /// of it, so that one that fails leaves room for the others.
+    fn may_send(&self, id: &LaneId) -> usize {
+        let room = self.max_outstanding - self.outstanding;
+        self.lanes[id].may_send(room, (self.max_outstanding / 2).max(1))
     }
 
     fn send(&mut self, id: LaneId, limit: usize) {

@@ -8,6 +8,8 @@ mod chain;
 mod fork;
 mod limits;
 mod read;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -85,6 +87,8 @@ pub struct Scanner<C> {
     finality: Finality,
     /// The highest block known to be final.
     finalized: Option<u64>,
+    /// A cursor that was final when it was accepted: no fork can have taken it.
+    proven: Option<BlockRef>,
     /// A fork seen once; acted on when seen again.
     suspected: Option<Option<BlockRef>>,
     /// Whether the factory has been seen to exist.
@@ -133,6 +137,7 @@ impl<C: Chain> Scanner<C> {
             recent: BTreeMap::new(),
             finality: Finality::default(),
             finalized,
+            proven: None,
             suspected: None,
             factory_seen,
             said: Said::default(),
@@ -265,15 +270,25 @@ impl<C: Chain> Scanner<C> {
         } else if self.store.cursor().is_none() {
             self.say_not_there_yet(format_args!("Waiting for block {next}, where reading starts"), head);
         }
-        // The head at or below the cursor: another node's lag, or another fork.
-        if let Some(cursor) = self.store.cursor()
-            && head.block.number <= cursor.number
-            && head.block != cursor
-        {
+        if self.may_have_forked(head).await? {
             return self.look_back().await;
         }
         self.suspected = None;
         Ok(Step::Idle)
+    }
+
+    /// Whether a head at or below the cursor may be of another fork. A block that was accepted is only the head of
+    /// a node that lags.
+    async fn may_have_forked(&self, head: Header) -> Result<bool, Trouble> {
+        match self.store.cursor() {
+            Some(cursor) if head.block.number <= cursor.number && head.block != cursor => {}
+            Some(_) | None => return Ok(false),
+        }
+        if self.finalized.is_some_and(|finalized| head.block.number <= finalized) {
+            return Ok(false);
+        }
+        let remembered = on_disk(&self.store, |store| store.remembered()).await?;
+        Ok(!remembered.contains(&head.block))
     }
 
     fn say_not_there_yet(&mut self, what: std::fmt::Arguments<'_>, head: Header) {

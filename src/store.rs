@@ -13,6 +13,8 @@
 
 mod registry;
 mod schema;
+#[cfg(test)]
+mod tests;
 
 use std::collections::{HashMap, HashSet};
 use std::io;

@@ -3,7 +3,6 @@
 use std::io::Write;
 
 use alloy::dyn_abi::DynSolValue;
-use alloy::json_abi::{Event as AbiEvent, Param};
 use alloy::primitives::{Address, B256, hex};
 use serde_json::value::RawValue;
 
@@ -45,7 +44,7 @@ pub(super) struct Fields<'a> {
     pub chain_id: u64,
     pub log: &'a Log,
     pub timestamp: u64,
-    pub event: &'a AbiEvent,
+    pub event: &'a str,
     pub names: &'a [String],
     pub values: &'a [DynSolValue],
 }
@@ -77,7 +76,7 @@ impl Body {
                 fields.chain_id, log.address
             ),
         );
-        json_string(&mut bytes, &fields.event.name);
+        json_string(&mut bytes, fields.event);
         put(
             &mut bytes,
             format_args!(
@@ -143,11 +142,11 @@ fn flatten(bytes: &mut Vec<u8>, fields: &Fields<'_>, arguments: std::ops::Range<
 fn argument(bytes: &mut Vec<u8>, fields: &Fields<'_>, index: usize, name: &str) {
     json_string(bytes, name);
     bytes.push(b':');
-    value(bytes, &fields.values[index], &fields.event.inputs[index].components);
+    value(bytes, &fields.values[index]);
 }
 
 /// Integers of any width as decimal strings: JSON numbers lose digits above 2^53.
-fn value(bytes: &mut Vec<u8>, of: &DynSolValue, components: &[Param]) {
+fn value(bytes: &mut Vec<u8>, of: &DynSolValue) {
     match of {
         DynSolValue::Bool(it) => put(bytes, format_args!("{it}")),
         DynSolValue::Int(it, _) => put(bytes, format_args!("\"{it}\"")),
@@ -157,43 +156,22 @@ fn value(bytes: &mut Vec<u8>, of: &DynSolValue, components: &[Param]) {
         DynSolValue::Function(it) => hex_string(bytes, it.as_slice()),
         DynSolValue::Bytes(it) => hex_string(bytes, it),
         DynSolValue::String(it) => json_string(bytes, it),
-        DynSolValue::Array(items) | DynSolValue::FixedArray(items) => {
-            sequence(bytes, b"[]", items, |bytes, _, item| value(bytes, item, components));
+        DynSolValue::Array(items) | DynSolValue::FixedArray(items) | DynSolValue::Tuple(items) => {
+            sequence(bytes, items);
         }
-        DynSolValue::Tuple(items) => tuple(bytes, items, components),
     }
 }
 
-/// An object where every component has a name of its own, else an array.
-fn tuple(bytes: &mut Vec<u8>, items: &[DynSolValue], components: &[Param]) {
-    let inner = |index: usize| components.get(index).map_or(&[][..], |component| &component.components);
-    let named =
-        components.len() == items.len() && components.iter().all(|component| !component.name.is_empty());
-    if named {
-        sequence(bytes, b"{}", items, |bytes, index, item| {
-            json_string(bytes, &components[index].name);
-            bytes.push(b':');
-            value(bytes, item, inner(index));
-        });
-    } else {
-        sequence(bytes, b"[]", items, |bytes, index, item| value(bytes, item, inner(index)));
-    }
-}
-
-fn sequence(
-    bytes: &mut Vec<u8>,
-    brackets: &[u8; 2],
-    items: &[DynSolValue],
-    mut each: impl FnMut(&mut Vec<u8>, usize, &DynSolValue),
-) {
-    bytes.push(brackets[0]);
+/// Signatures give the members of a tuple no names: it is an array, too.
+fn sequence(bytes: &mut Vec<u8>, items: &[DynSolValue]) {
+    bytes.push(b'[');
     for (index, item) in items.iter().enumerate() {
         if index > 0 {
             bytes.push(b',');
         }
-        each(bytes, index, item);
+        value(bytes, item);
     }
-    bytes.push(brackets[1]);
+    bytes.push(b']');
 }
 
 fn put(bytes: &mut Vec<u8>, text: std::fmt::Arguments<'_>) {

@@ -94,7 +94,7 @@ impl Decoded<'_> {
     /// Encodes the event. `timestamp`: the block's, in seconds since 1970.
     pub fn event(&self, chain_id: u64, log: &Log, timestamp: u64) -> Event {
         let signature = self.signature;
-        let (event, names, values) = (&signature.abi, &signature.names[..], &self.values[..]);
+        let (event, names, values) = (&signature.abi.name[..], &signature.names[..], &self.values[..]);
         Event {
             escrow: self.escrow(log),
             emitter: log.address,

@@ -25,7 +25,7 @@ impl<C: Chain> Scanner<C> {
         let ancestor = match self.find_fork().await? {
             Finding::NoFork => {
                 self.suspected = None;
-                return Ok(Step::Wait(SECOND_LOOK));
+                return Ok(Step::Idle);
             }
             Finding::Fork(ancestor) => ancestor,
         };

@@ -54,7 +54,8 @@ impl<C: Chain> Scanner<C> {
         };
         let times = self.times(&harvest, end).await?;
         let mut marks: BTreeMap<u64, BlockRef> = BTreeMap::new();
-        if self.finalized.is_none_or(|finalized| range.to() > finalized) {
+        let is_final = self.finalized.is_some_and(|finalized| range.to() <= finalized);
+        if !is_final {
             // Where the range may still fork, every block with logs is a place to come back to.
             marks.extend(harvest.logs.values().map(|log| (log.block.number, log.block)));
         }
@@ -62,6 +63,7 @@ impl<C: Chain> Scanner<C> {
         let queried = watched.len() + harvest.fresh.len();
         self.accept(range, harvest, &times, marks.into_values().collect(), queried, started).await?;
         self.recent = self.recent.split_off(&(range.to() + 1));
+        self.proven = is_final.then_some(end.block);
         self.limits.grow(blocks);
         Ok(Step::Progress)
     }
@@ -72,8 +74,8 @@ impl<C: Chain> Scanner<C> {
         range: BlockRange,
         watched: &Arc<Vec<Address>>,
     ) -> Result<(Option<Header>, Harvest), Trouble> {
-        let unfinal = self.finalized.is_none_or(|finalized| range.to() > finalized);
-        let cursor = self.store.cursor().filter(|_| unfinal);
+        // What was accepted unfinal may have left the chain since, and be final by now on another fork.
+        let cursor = self.store.cursor().filter(|cursor| self.proven != Some(*cursor));
         let mut calls = vec![Call::Header(BlockTag::Number(range.to()))];
         calls.extend(cursor.map(|block| Call::Header(BlockTag::Number(block.number))));
         let heads = calls.len();

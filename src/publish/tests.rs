@@ -1,0 +1,335 @@
+use std::collections::VecDeque;
+use std::num::{NonZeroU32, NonZeroUsize};
+use std::sync::Mutex;
+
+use alloy::json_abi::Event as AbiEvent;
+use alloy::primitives::{Address, B256};
+use proptest::prelude::*;
+use redb::backends::InMemoryBackend;
+
+use super::*;
+use crate::event::{BlockRef, Log, Recognised, Role, Signatures};
+use crate::store::{Identity, Stretch};
+
+/// What the sink does with its next run.
+#[derive(Clone, Copy, Debug)]
+enum Act {
+    Take,
+    /// Takes the first part, then fails.
+    TakeThenFail(usize),
+    /// Stores all of it, and the answer is lost.
+    LoseAnswer,
+    Fail,
+}
+
+/// A sink that follows a script, then takes everything; refuses what it is told to refuse.
+#[derive(Default)]
+struct Script {
+    acts: Mutex<VecDeque<Act>>,
+    refused: Mutex<HashSet<String>>,
+    down: Mutex<bool>,
+    /// Each attempt: keys and sequences of its run.
+    attempts: Mutex<Vec<Vec<String>>>,
+    /// What arrived, in order.
+    stored: Mutex<Vec<(String, Arc<Message>)>>,
+}
+
+fn name_of(message: &Message) -> String {
+    let sequence = message.attributes.iter().find(|(name, _)| *name == "sequence").unwrap();
+    format!("{}:{}", &message.ordering_key[..4], sequence.1)
+}
+
+impl Script {
+    fn store(&self, run: &[Arc<Message>]) {
+        let named = run.iter().map(|message| (name_of(message), Arc::clone(message)));
+        self.stored.lock().unwrap().extend(named);
+    }
+
+    fn stored(&self) -> Vec<String> {
+        self.stored.lock().unwrap().iter().map(|(name, _)| name.clone()).collect()
+    }
+}
+
+impl Sink for Script {
+    async fn publish(&self, run: Vec<Arc<Message>>) -> Receipt {
+        self.attempts.lock().unwrap().push(run.iter().map(|message| name_of(message)).collect());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        let fail = |acknowledged, failure| Receipt { acknowledged, failure: Some(failure) };
+        let unavailable = || SinkError::Unavailable("down".into());
+        if *self.down.lock().unwrap() {
+            return fail(0, unavailable());
+        }
+        let refused = self.refused.lock().unwrap().clone();
+        if run.iter().any(|message| refused.contains(&name_of(message))) {
+            return fail(0, SinkError::Refused("too odd".into()));
+        }
+        let act = self.acts.lock().unwrap().pop_front().unwrap_or(Act::Take);
+        match act {
+            Act::Take => {
+                self.store(&run);
+                Receipt { acknowledged: run.len(), failure: None }
+            }
+            Act::TakeThenFail(part) if part < run.len() => {
+                self.store(&run[..part]);
+                fail(part, unavailable())
+            }
+            Act::LoseAnswer => {
+                self.store(&run);
+                fail(0, unavailable())
+            }
+            Act::TakeThenFail(_) | Act::Fail => fail(0, unavailable()),
+        }
+    }
+
+    fn is_sequential(&self) -> bool {
+        false
+    }
+
+    fn name(&self) -> &'static str {
+        "script"
+    }
+}
+
+fn escrow(number: u8) -> Address {
+    Address::repeat_byte(number)
+}
+
+/// A store in which these escrows have an announcement and, in this order, these approvals wait.
+fn store(escrows: &[u8], approvals: &[u8]) -> Arc<Store> {
+    let identity = Identity {
+        chain_id: 1,
+        factory: Address::repeat_byte(0xFA),
+        signatures: vec![],
+        sink: "script".into(),
+        ordering: "escrow".into(),
+    };
+    let store = Store::open_backend(InMemoryBackend::new(), identity, Some(1)).unwrap();
+    append(&store, escrows, approvals);
+    Arc::new(store)
+}
+
+fn append(store: &Store, escrows: &[u8], approvals: &[u8]) {
+    let parse = |text: &str| vec![AbiEvent::parse(text).unwrap()];
+    let (deployed, approved) =
+        ("EscrowDeployed(address indexed escrow)", "Approved(address indexed approver)");
+    let signatures = Signatures::new(&parse(deployed), "escrow", &parse(approved), &[]).unwrap();
+    let number = store.next_block();
+    let block = BlockRef { number, hash: B256::left_padding_from(&number.to_be_bytes()) };
+    let announced = escrows.iter().map(|number| (*number, true));
+    let all = announced.chain(approvals.iter().map(|number| (*number, false)));
+    let events = all.enumerate().map(|(index, (number, announces))| {
+        let (role, signature) =
+            if announces { (Role::Announcement, deployed) } else { (Role::Lifecycle, approved) };
+        let log = Log {
+            address: escrow(number),
+            topics: vec![AbiEvent::parse(signature).unwrap().selector(), escrow(number).into_word()],
+            data: Default::default(),
+            block,
+            transaction_hash: B256::ZERO,
+            transaction_index: 0,
+            log_index: index as u64,
+            block_timestamp: None,
+        };
+        match signatures.recognise(role, &log) {
+            Recognised::Known(decoded) => decoded.event(1, &log, 0),
+            other => panic!("{other:?}"),
+        }
+    });
+    let announced = escrows.iter().map(|number| (escrow(*number), block)).collect();
+    let events = events.collect();
+    store.accept(&Stretch { announced, events, blocks: vec![block], ..Stretch::default() }).unwrap();
+}
+
+fn settings(max_outstanding: usize) -> config::Sink {
+    config::Sink {
+        kind: config::SinkKind::Stdout,
+        ordering: config::Ordering::Escrow,
+        timeout: Duration::from_secs(15),
+        max_outstanding: NonZeroUsize::new(max_outstanding).unwrap(),
+    }
+}
+
+/// Steps until nothing but blocked lanes is left; gives up after this many steps.
+async fn drain(publisher: &mut Publisher<Script>) {
+    for _ in 0..10_000 {
+        match publisher.step().await.unwrap() {
+            Step::Progress => {}
+            Step::Idle | Step::Wait(_) if publisher.is_drained() => return,
+            Step::Idle => panic!("idle with {} waiting", publisher.store.waiting()),
+            Step::Wait(pause) => tokio::time::sleep(pause).await,
+        }
+        assert!(publisher.outstanding <= publisher.max_outstanding, "the bound on what may be repeated");
+    }
+    panic!("no end");
+}
+
+/// Names in the order of first arrival, by lane.
+fn firsts(stored: &[String]) -> HashMap<String, Vec<String>> {
+    let mut seen = HashSet::new();
+    let mut lanes: HashMap<String, Vec<String>> = HashMap::new();
+    for name in stored.iter().filter(|name| seen.insert((*name).clone())) {
+        lanes.entry(name[..4].to_owned()).or_default().push(name.clone());
+    }
+    lanes
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lanes_messages_go_in_one_run_and_what_was_acknowledged_is_committed() {
+    let store = store(&[1, 2], &[1, 2, 1]);
+    let sink = Arc::new(Script::default());
+    let mut publisher = Publisher::new(Arc::clone(&sink), Arc::clone(&store), &settings(1000));
+    drain(&mut publisher).await;
+    let attempts = sink.attempts.lock().unwrap().clone();
+    assert_eq!(attempts, vec![vec!["0x01:1", "0x01:2", "0x01:3"], vec!["0x02:1", "0x02:2"]]);
+    assert_eq!((store.waiting(), store.watermark().unwrap()), (0, 5));
+    assert!(publisher.lanes.is_empty() && publisher.held == 0 && publisher.outstanding == 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn after_a_failure_messages_go_singly_and_nothing_overtakes() {
+    let store = store(&[1, 2], &[1, 1, 1]);
+    let sink = Arc::new(Script::default());
+    sink.acts.lock().unwrap().extend([Act::TakeThenFail(1), Act::Take, Act::Fail]);
+    let mut publisher = Publisher::new(Arc::clone(&sink), Arc::clone(&store), &settings(1000));
+    drain(&mut publisher).await;
+    let attempts = sink.attempts.lock().unwrap().clone();
+    assert_eq!(attempts[0].len(), 4);
+    assert_eq!(attempts[2], vec!["0x01:2"], "from the first unacknowledged, alone");
+    assert_eq!(attempts[3], vec!["0x01:2"], "the same again");
+    assert_eq!(firsts(&sink.stored())["0x01"], ["0x01:1", "0x01:2", "0x01:3", "0x01:4"]);
+    assert_eq!(store.waiting(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_refused_message_blocks_its_lane_only_and_goes_first_when_it_is_taken() {
+    let store = store(&[1, 2], &[1, 1, 2]);
+    let sink = Arc::new(Script::default());
+    sink.refused.lock().unwrap().insert("0x01:2".into());
+    let mut publisher = Publisher::new(Arc::clone(&sink), Arc::clone(&store), &settings(1000));
+    drain(&mut publisher).await;
+    assert_eq!(firsts(&sink.stored())["0x02"], ["0x02:1", "0x02:2"]);
+    assert_eq!(firsts(&sink.stored())["0x01"], ["0x01:1"]);
+    let blocked = publisher.blocked();
+    assert_eq!(blocked.len(), 1);
+    assert_eq!(blocked[0].1, "too odd");
+    assert_eq!(store.waiting(), 2);
+
+    append(&store, &[], &[2, 1]);
+    for _ in 0..20 {
+        publisher.step().await.unwrap();
+    }
+    assert_eq!(firsts(&sink.stored())["0x02"].len(), 3, "the others go on");
+    sink.refused.lock().unwrap().clear();
+    tokio::time::sleep(Duration::from_secs(120)).await;
+    drain(&mut publisher).await;
+    assert_eq!(firsts(&sink.stored())["0x01"], ["0x01:1", "0x01:2", "0x01:3", "0x01:4"]);
+    assert_eq!((store.waiting(), publisher.blocked().len()), (0, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn in_an_outage_one_probe_at_a_time_goes_out_and_then_all_resume() {
+    let escrows: Vec<u8> = (1..=50).collect();
+    let store = store(&escrows, &[]);
+    let sink = Arc::new(Script::default());
+    *sink.down.lock().unwrap() = true;
+    let mut publisher = Publisher::new(Arc::clone(&sink), Arc::clone(&store), &settings(10));
+    let began = Instant::now();
+    while began.elapsed() < Duration::from_secs(60) {
+        if let Step::Wait(pause) = publisher.step().await.unwrap() {
+            tokio::time::sleep(pause).await;
+        }
+    }
+    let attempts = sink.attempts.lock().unwrap().len();
+    assert!((11..=25).contains(&attempts), "ten before it was an outage, then a few probes: {attempts}");
+    *sink.down.lock().unwrap() = false;
+    drain(&mut publisher).await;
+    assert_eq!((sink.stored().len(), store.waiting()), (50, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_arrives_while_others_are_under_way_does_not_wait_for_them() {
+    let store = store(&[1], &[]);
+    let sink = Arc::new(Script::default());
+    let mut publisher = Publisher::new(Arc::clone(&sink), Arc::clone(&store), &settings(1000));
+    let appending = async {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+        append(&store, &[2], &[]);
+    };
+    let stepping = async {
+        loop {
+            publisher.step().await.unwrap();
+        }
+    };
+    // A run takes 20 ms.
+    let stepping = tokio::time::timeout(Duration::from_millis(15), stepping);
+    assert!(tokio::join!(appending, stepping).1.is_err());
+    assert_eq!(sink.attempts.lock().unwrap().len(), 2, "handed over before the first one was answered");
+}
+
+#[tokio::test(start_paused = true)]
+async fn draining_finishes_what_is_under_way_and_starts_nothing() {
+    let store = store(&[1, 2], &[1, 1]);
+    let sink = Arc::new(Script::default());
+    let mut publisher = Publisher::new(Arc::clone(&sink), Arc::clone(&store), &settings(2));
+    let first = tokio::time::timeout(Duration::from_millis(10), async {
+        loop {
+            publisher.step().await.unwrap();
+        }
+    });
+    assert!(first.await.is_err());
+    let handed = sink.attempts.lock().unwrap().iter().map(Vec::len).sum::<usize>();
+    publisher.drain().await.unwrap();
+    assert_eq!(sink.stored().len(), handed);
+    assert_eq!(store.waiting(), 4 - handed as u64);
+}
+
+#[test]
+fn a_bucket_keeps_an_escrow_always_on_the_same_key() {
+    let buckets = config::Ordering::Bucket(NonZeroU32::new(64).unwrap());
+    let address: Address = "0x00000000000000000000000000000000000000c5".parse().unwrap();
+    assert_eq!(lane::ordering_key(&address, buckets), "escrow-5");
+    assert_eq!(lane::ordering_key(&address, config::Ordering::None), "");
+}
+
+fn acts() -> impl Strategy<Value = Act> {
+    prop_oneof![
+        3 => Just(Act::Take),
+        1 => Just(Act::Fail),
+        1 => Just(Act::LoseAnswer),
+        1 => (0usize..5).prop_map(Act::TakeThenFail),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+
+    /// Whatever the sink does: everything arrives, first occurrences in order, repeats identical, never more under
+    /// way than may be.
+    #[test]
+    fn whatever_the_sink_does_all_arrive_in_order_and_repeats_are_the_same_bytes(
+        script in prop::collection::vec(acts(), 0..40),
+        approvals in prop::collection::vec(1u8..5, 0..60),
+        max_outstanding in 1usize..12,
+    ) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
+        runtime.block_on(async {
+            let store = store(&[1, 2, 3, 4], &approvals);
+            let sink = Arc::new(Script { acts: Mutex::new(script.into()), ..Script::default() });
+            let mut publisher = Publisher::new(Arc::clone(&sink), Arc::clone(&store), &settings(max_outstanding));
+            drain(&mut publisher).await;
+            assert_eq!(store.waiting(), 0);
+            let stored = sink.stored.lock().unwrap();
+            let mut bytes: HashMap<&str, &Arc<Message>> = HashMap::new();
+            for (name, message) in stored.iter() {
+                assert_eq!(*bytes.entry(name).or_insert(message), message, "a repeat is the same");
+            }
+            let names: Vec<String> = stored.iter().map(|(name, _)| name.clone()).collect();
+            for number in 1u8..5 {
+                let lane = format!("0x0{number}");
+                let count = 1 + approvals.iter().filter(|it| **it == number).count();
+                let expected: Vec<String> = (1..=count).map(|sequence| format!("{lane}:{sequence}")).collect();
+                assert_eq!(&firsts(&names)[&lane], &expected);
+            }
+        });
+    }
+}

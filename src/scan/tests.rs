@@ -1,0 +1,512 @@
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::num::NonZeroU64;
+use std::sync::Mutex;
+
+use alloy::json_abi::Event as AbiEvent;
+use alloy::primitives::{Address, B256, keccak256};
+use proptest::prelude::*;
+use redb::backends::InMemoryBackend;
+
+use super::*;
+use crate::event::Log;
+use crate::store::{Entry, Identity, Kind};
+
+const FACTORY: Address = Address::repeat_byte(0xFA);
+const DEPLOYED: &str = "EscrowDeployed(address indexed escrow)";
+const APPROVED: &str = "Approved(address indexed approver)";
+
+fn escrow(number: u8) -> Address {
+    Address::repeat_byte(number)
+}
+
+#[derive(Clone)]
+struct Block {
+    header: Header,
+    logs: Vec<Log>,
+}
+
+/// A chain in memory that forks, lags and refuses as told.
+#[derive(Default)]
+struct Fake {
+    blocks: Mutex<Vec<Block>>,
+    /// How many of the newest blocks the node answering does not have.
+    lag: Mutex<usize>,
+    refusals: Mutex<VecDeque<Refused>>,
+    finality: Option<u64>,
+    /// The most blocks there ever were.
+    highest: Mutex<usize>,
+    no_code: Mutex<bool>,
+    /// Each round trip with its calls.
+    asked: Mutex<Vec<Vec<Call>>>,
+    salt: Mutex<u64>,
+}
+
+impl Fake {
+    fn new(finality: Option<u64>) -> Arc<Self> {
+        let fake = Self { finality, ..Self::default() };
+        fake.extend(&[], &[]);
+        Arc::new(fake)
+    }
+
+    /// A block with these announcements, then these approvals, all in one transaction.
+    fn extend(&self, announced: &[u8], approved: &[u8]) {
+        let mut blocks = self.blocks.lock().unwrap();
+        let mut salt = self.salt.lock().unwrap();
+        *salt += 1;
+        let number = blocks.len() as u64;
+        let block = BlockRef { number, hash: keccak256(salt.to_be_bytes()) };
+        let parent_hash = blocks.last().map_or(B256::ZERO, |block| block.header.block.hash);
+        let announced = announced.iter().map(|it| (FACTORY, DEPLOYED, *it));
+        let all = announced.chain(approved.iter().map(|it| (escrow(*it), APPROVED, *it)));
+        let logs = all.enumerate().map(|(index, (address, signature, it))| Log {
+            address,
+            topics: vec![AbiEvent::parse(signature).unwrap().selector(), escrow(it).into_word()],
+            data: Default::default(),
+            block,
+            transaction_hash: B256::ZERO,
+            transaction_index: 0,
+            log_index: index as u64,
+            block_timestamp: None,
+        });
+        blocks.push(Block {
+            header: Header { block, parent_hash, timestamp: number * 12 },
+            logs: logs.collect(),
+        });
+    }
+
+    /// Takes off the newest blocks, never one that has ever been final.
+    fn drop_newest(&self, depth: usize) {
+        let mut blocks = self.blocks.lock().unwrap();
+        let mut highest = self.highest.lock().unwrap();
+        *highest = (*highest).max(blocks.len());
+        let keep = blocks
+            .len()
+            .saturating_sub(depth)
+            .max(highest.saturating_sub(self.finality.unwrap_or(0) as usize).max(1));
+        blocks.truncate(keep);
+    }
+
+    fn set_lag(&self, lag: usize) {
+        *self.lag.lock().unwrap() = lag;
+    }
+
+    fn forget(&self) {
+        self.asked.lock().unwrap().clear();
+    }
+
+    /// Per round trip: headers and logs asked for.
+    fn asked(&self) -> Vec<(usize, usize)> {
+        let asked = self.asked.lock().unwrap();
+        let count = |calls: &Vec<Call>| {
+            let logs = calls.iter().filter(|call| matches!(call, Call::Logs(_))).count();
+            (calls.len() - logs, logs)
+        };
+        asked.iter().map(count).collect()
+    }
+
+    fn answer(&self, call: &Call) -> Result<Answer, Refused> {
+        let blocks = self.blocks.lock().unwrap();
+        let visible = &blocks[..blocks.len().saturating_sub(*self.lag.lock().unwrap()).max(1)];
+        let at = |number: u64| visible.get(number as usize).map(|block| block.header);
+        let head = visible.len() as u64 - 1;
+        Ok(match call {
+            Call::Code(_) => Answer::Code(!*self.no_code.lock().unwrap()),
+            Call::Header(BlockTag::Number(number)) => Answer::Header(at(*number)),
+            Call::Header(BlockTag::Latest) => Answer::Header(at(head)),
+            Call::Header(BlockTag::Safe | BlockTag::Finalized) => {
+                let finality = self.finality.ok_or_else(|| Refused::UnknownTag("finalized".into()))?;
+                Answer::Header(at(head.saturating_sub(finality)))
+            }
+            Call::Logs(filter) => {
+                let logs = |in_span: &dyn Fn(&Header) -> bool| {
+                    let logs =
+                        visible.iter().filter(|block| in_span(&block.header)).flat_map(|block| &block.logs);
+                    let fits = |log: &&Log| {
+                        (filter.addresses.is_empty() || filter.addresses.contains(&log.address))
+                            && filter.topics.contains(&log.topics[0])
+                    };
+                    Answer::Logs(logs.filter(fits).cloned().collect())
+                };
+                match filter.span {
+                    // As nodes that are behind do: no error, just nothing.
+                    Span::Range(range) => logs(&|header| range.contains(header.block.number)),
+                    Span::Block(hash) if !visible.iter().any(|block| block.header.block.hash == hash) => {
+                        return Err(Refused::Behind("unknown block".into()));
+                    }
+                    Span::Block(hash) => logs(&|header| header.block.hash == hash),
+                }
+            }
+        })
+    }
+}
+
+impl Chain for Fake {
+    async fn ask(&self, calls: Vec<Call>) -> Result<Vec<Answer>, Refused> {
+        self.asked.lock().unwrap().push(calls.clone());
+        if let Some(refused) = self.refusals.lock().unwrap().pop_front() {
+            return Err(refused);
+        }
+        calls.iter().map(|call| self.answer(call)).collect()
+    }
+}
+
+fn config(settings: &[(&str, &str)]) -> config::Config {
+    let base = [
+        ("chain.id", "1"),
+        ("chain.confirmations", "0"),
+        ("factory.address", "0xfafafafafafafafafafafafafafafafafafafafa"),
+        ("factory.events", DEPLOYED),
+        ("escrow.events", APPROVED),
+        ("escrow.terminal", "[]"),
+        ("rpc.urls", "http://localhost"),
+    ];
+    let overrides =
+        base.iter().chain(settings).map(|(key, value)| (key.to_string(), value.to_string())).collect();
+    let directory = std::path::PathBuf::from("/nonexistent");
+    config::Config::load(&config::Sources { overrides, directory, ..Default::default() }).unwrap().0
+}
+
+fn open_store() -> Arc<Store> {
+    let identity = Identity {
+        chain_id: 1,
+        factory: FACTORY,
+        signatures: vec![],
+        sink: "none".into(),
+        ordering: "escrow".into(),
+    };
+    Arc::new(Store::open_backend(InMemoryBackend::new(), identity, Some(0)).unwrap())
+}
+
+fn scanner(chain: &Arc<Fake>, store: &Arc<Store>, settings: &[(&str, &str)], until: Until) -> Scanner<Fake> {
+    let config = config(settings);
+    let signatures = Arc::new(crate::signatures(&config).unwrap());
+    Scanner::new(Arc::clone(chain), Arc::clone(store), signatures, &config, until)
+}
+
+/// Steps until there is nothing to do.
+async fn settle(scanner: &mut Scanner<Fake>) {
+    for _ in 0..1000 {
+        match scanner.step().await.unwrap() {
+            Step::Idle | Step::Done => return,
+            Step::Progress => {}
+            Step::Wait(pause) => tokio::time::sleep(pause).await,
+        }
+    }
+    panic!("never settles");
+}
+
+/// Every entry of the log, by position. Claims them.
+fn entries(store: &Store) -> Vec<Entry> {
+    store.claim(usize::MAX).unwrap().into_iter().map(|claimed| claimed.entry).collect()
+}
+
+/// Per escrow the events standing: published and not withdrawn, as (block hash, log index).
+fn standing(entries: &BTreeMap<u64, Entry>) -> BTreeMap<Address, Vec<(B256, u64)>> {
+    let mut lanes: BTreeMap<Address, Vec<(B256, u64)>> = BTreeMap::new();
+    for entry in entries.values() {
+        let lane = lanes.entry(entry.escrow).or_default();
+        match entry.kind {
+            Kind::Event => lane.push((entry.block_hash, entry.log_index)),
+            Kind::Retraction { of } => {
+                let withdrawn = &entries[&of];
+                assert_eq!(lane.pop(), Some((withdrawn.block_hash, withdrawn.log_index)), "newest first");
+            }
+        }
+    }
+    lanes.retain(|_, lane| !lane.is_empty());
+    lanes
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_idle_poll_is_one_call_and_a_new_block_two_whatever_the_confirmations() {
+    for confirmations in ["0", "2"] {
+        let chain = Fake::new(Some(64));
+        chain.extend(&[1, 2, 3], &[]);
+        (0..5).for_each(|_| chain.extend(&[], &[]));
+        let store = open_store();
+        let mut scanner = scanner(&chain, &store, &[("chain.confirmations", confirmations)], Until::Forever);
+        settle(&mut scanner).await;
+        for _ in 0..3 {
+            chain.extend(&[], &[1]);
+            settle(&mut scanner).await;
+        }
+        chain.forget();
+        assert_eq!(scanner.step().await.unwrap(), Step::Idle);
+        assert_eq!(chain.asked(), [(1, 0)], "idle with {confirmations} confirmations");
+        chain.forget();
+        chain.extend(&[], &[2]);
+        assert_eq!(scanner.step().await.unwrap(), Step::Progress);
+        assert_eq!(chain.asked(), [(1, 0), (0, 1)], "a block with {confirmations} confirmations");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn blocks_that_came_between_two_polls_cost_one_batch_of_headers_and_one_of_logs() {
+    let chain = Fake::new(Some(64));
+    let store = open_store();
+    let mut scanner = scanner(&chain, &store, &[], Until::Forever);
+    settle(&mut scanner).await;
+    (0..7).for_each(|_| chain.extend(&[], &[]));
+    chain.forget();
+    assert_eq!(scanner.step().await.unwrap(), Step::Progress);
+    assert_eq!(chain.asked(), [(1, 0), (6, 0), (0, 7)]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn logs_of_a_new_escrow_in_its_own_block_are_read_by_one_more_call_for_it_alone() {
+    for finality in [0, 64] {
+        let chain = Fake::new(Some(finality));
+        chain.extend(&[1], &[1]);
+        let store = open_store();
+        let mut scanner = scanner(&chain, &store, &[], Until::Forever);
+        settle(&mut scanner).await;
+        chain.forget();
+        chain.extend(&[2], &[2, 1, 2, 9]);
+        settle(&mut scanner).await;
+        let filters: Vec<(Vec<Address>, usize)> = chain
+            .asked
+            .lock()
+            .unwrap()
+            .iter()
+            .flatten()
+            .filter_map(|call| match call {
+                Call::Logs(filter) => Some((filter.addresses.clone(), filter.topics.len())),
+                Call::Header(_) | Call::Code(_) => None,
+            })
+            .collect();
+        assert_eq!(filters, [(vec![FACTORY, escrow(1)], 2), (vec![escrow(2)], 1)]);
+        let names: Vec<_> = entries(&store).into_iter().map(|entry| (entry.escrow, entry.sequence)).collect();
+        let (one, two) = (escrow(1), escrow(2));
+        assert_eq!(names, [(one, 1), (one, 2), (two, 1), (two, 2), (one, 3), (two, 3)]);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_answer_of_a_node_that_is_behind_is_thrown_away() {
+    for (finality, reading) in [(0, "linked"), (64, "linked"), (64, "ranged")] {
+        let chain = Fake::new(Some(finality));
+        let store = open_store();
+        let mut scanner = scanner(&chain, &store, &[("chain.reading", reading)], Until::Forever);
+        settle(&mut scanner).await;
+        (0..5).for_each(|_| chain.extend(&[], &[]));
+        chain.extend(&[1], &[]);
+        // The head is known, and then another node answers.
+        scanner.poll(store.next_block()).await.unwrap();
+        chain.set_lag(3);
+        for _ in 0..3 {
+            scanner.step().await.unwrap();
+            assert!(entries(&store).is_empty());
+        }
+        chain.set_lag(0);
+        settle(&mut scanner).await;
+        assert_eq!(entries(&store).len(), 1, "finality {finality}, {reading}");
+        chain.set_lag(2);
+        settle(&mut scanner).await;
+        assert_eq!(store.cursor().unwrap().number, 6, "a node behind is no fork");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn refusals_change_the_plan_and_nothing_is_skipped() {
+    let cap = NonZeroU64::new(3).unwrap();
+    let table = [
+        vec![Refused::Cap(cap)],
+        vec![Refused::Halve("dense".into()), Refused::Halve("dense".into())],
+        vec![Refused::Use(BlockRange::new(0, 1).unwrap())],
+        vec![Refused::FewerAddresses("many".into()); 3],
+        vec![Refused::Unknown("what?".into()); 12],
+        vec![Refused::Behind("head".into()); 2],
+        vec![Refused::HistoryGone("pruned".into())],
+    ];
+    for refusals in table {
+        let chain = Fake::new(Some(0));
+        chain.extend(&[1, 2, 3], &[1]);
+        (0..20).for_each(|_| chain.extend(&[], &[1, 2, 3]));
+        let store = open_store();
+        let mut scanner = scanner(&chain, &store, &[("rpc.max_range", "10")], Until::Forever);
+        scanner.poll(0).await.unwrap();
+        chain.refusals.lock().unwrap().extend(refusals.clone());
+        settle(&mut scanner).await;
+        assert_eq!(entries(&store).len(), 3 + 1 + 60, "{refusals:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_node_without_tags_counts_depth_and_waits_are_for_what_is_missing() {
+    let chain = Fake::new(None);
+    *chain.no_code.lock().unwrap() = true;
+    (0..30).for_each(|_| chain.extend(&[], &[]));
+    let store = open_store();
+    let mut scanner = scanner(&chain, &store, &[("chain.finality_depth", "10")], Until::Head);
+    settle(&mut scanner).await;
+    assert_eq!(store.cursor(), None, "no factory yet");
+    *chain.no_code.lock().unwrap() = false;
+    settle(&mut scanner).await;
+    assert_eq!(store.cursor().unwrap().number, 30);
+    assert_eq!(store.finalized(), Some(20));
+    assert_eq!(scanner.step().await.unwrap(), Step::Done);
+}
+
+#[tokio::test(start_paused = true)]
+async fn until_a_block_reads_that_block_and_not_one_more() {
+    let chain = Fake::new(Some(64));
+    (0..9).for_each(|_| chain.extend(&[], &[]));
+    let store = open_store();
+    let mut scanner = scanner(&chain, &store, &[], Until::Block(12));
+    settle(&mut scanner).await;
+    assert_eq!(store.cursor().unwrap().number, 9);
+    assert_eq!(scanner.step().await.unwrap(), Step::Idle, "waits for the rest");
+    (0..9).for_each(|_| chain.extend(&[], &[]));
+    settle(&mut scanner).await;
+    assert_eq!(store.cursor().unwrap().number, 12);
+}
+
+#[tokio::test(start_paused = true)]
+async fn tags_as_horizon_are_followed() {
+    for horizon in ["safe", "finalized"] {
+        let chain = Fake::new(Some(5));
+        (0..20).for_each(|_| chain.extend(&[], &[]));
+        let store = open_store();
+        let mut scanner = scanner(&chain, &store, &[("chain.horizon", horizon)], Until::Forever);
+        settle(&mut scanner).await;
+        assert_eq!(store.cursor().unwrap().number, 15);
+        chain.extend(&[], &[]);
+        settle(&mut scanner).await;
+        assert_eq!(store.cursor().unwrap().number, 16);
+        chain.forget();
+        settle(&mut scanner).await;
+        assert_eq!(chain.asked(), [(1, 0)]);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_fork_to_a_shorter_chain_or_the_same_height_is_seen() {
+    for (reading, grown) in [("linked", 1), ("linked", 2), ("linked", 3), ("ranged", 2), ("ranged", 3)] {
+        let chain = Fake::new(Some(64));
+        chain.extend(&[1], &[]);
+        chain.extend(&[2], &[1]);
+        chain.extend(&[], &[2]);
+        let store = open_store();
+        let mut scanner = scanner(&chain, &store, &[("chain.reading", reading)], Until::Forever);
+        settle(&mut scanner).await;
+        let mut seen: BTreeMap<u64, Entry> = BTreeMap::new();
+        let mut claim = |store: &Store| {
+            seen.extend(store.claim(usize::MAX).unwrap().into_iter().map(|it| (it.position, it.entry)));
+            standing(&seen)
+        };
+        assert_eq!(claim(&store).values().map(Vec::len).sum::<usize>(), 4);
+        chain.drop_newest(2);
+        (0..grown).for_each(|_| chain.extend(&[], &[]));
+        settle(&mut scanner).await;
+        settle(&mut scanner).await;
+        assert_eq!(store.cursor(), Some(chain.blocks.lock().unwrap().last().unwrap().header.block));
+        let left = claim(&store);
+        assert_eq!(left.keys().collect::<Vec<_>>(), [&escrow(1)], "{reading}, {grown} blocks grown");
+        assert_eq!(left[&escrow(1)].len(), 1);
+        assert!(!store.registry().contains(&escrow(2)), "announced on the lost fork only");
+    }
+}
+
+/// One thing that happens to a chain and its relay.
+#[derive(Clone, Debug)]
+enum Happening {
+    Grow(Vec<u8>, Vec<u8>),
+    Fork(usize, usize),
+    Lag(usize),
+    Steps(usize),
+    Claim,
+    Restart,
+}
+
+fn happenings() -> impl Strategy<Value = Happening> {
+    let numbers = || prop::collection::vec(1u8..6, 0..4);
+    prop_oneof![
+        4 => (prop::collection::vec(1u8..6, 0..2), numbers()).prop_map(|(new, events)| Happening::Grow(new, events)),
+        2 => (1usize..5, 0usize..6).prop_map(|(depth, grown)| Happening::Fork(depth, grown)),
+        1 => (0usize..4).prop_map(Happening::Lag),
+        4 => (1usize..8).prop_map(Happening::Steps),
+        2 => Just(Happening::Claim),
+        1 => Just(Happening::Restart),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 256, ..ProptestConfig::default() })]
+
+    /// Whatever happens: once the node is whole again, published minus withdrawn is the chain, in its order, per
+    /// escrow without a gap in the sequence.
+    #[test]
+    fn through_growth_forks_lag_and_restarts_what_stands_is_the_chain(
+        script in prop::collection::vec(happenings(), 1..40),
+        confirmations in 0u64..3,
+        ranged in any::<bool>(),
+        small in any::<bool>(),
+    ) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
+        runtime.block_on(async {
+            let chain = Fake::new(Some(8));
+            (0..3).for_each(|_| chain.extend(&[], &[]));
+            let store = open_store();
+            let confirmations_text = confirmations.to_string();
+            let settings = [
+                ("chain.confirmations", &confirmations_text[..]),
+                ("chain.reading", if ranged { "ranged" } else { "linked" }),
+                ("rpc.max_range", if small { "2" } else { "100" }),
+                ("rpc.max_addresses", if small { "2" } else { "1000" }),
+            ];
+            let mut scanner = scanner(&chain, &store, &settings, Until::Forever);
+            let mut seen: BTreeMap<u64, Entry> = BTreeMap::new();
+            for happening in script {
+                match happening {
+                    Happening::Grow(announced, approved) => chain.extend(&announced, &approved),
+                    Happening::Fork(depth, grown) => {
+                        chain.drop_newest(depth);
+                        (0..grown).for_each(|n| chain.extend(if n == 1 { &[5] } else { &[] }, &[1, 5]));
+                    }
+                    Happening::Lag(lag) => chain.set_lag(lag),
+                    Happening::Claim => {
+                        seen.extend(store.claim(usize::MAX).unwrap().into_iter().map(|it| (it.position, it.entry)));
+                    }
+                    Happening::Restart => scanner = self::scanner(&chain, &store, &settings, Until::Forever),
+                    Happening::Steps(count) => {
+                        for _ in 0..count {
+                            scanner.step().await.unwrap();
+                        }
+                    }
+                }
+            }
+            chain.set_lag(0);
+            // Beyond what could look like a lagging node: a fork is certain where the chain has grown past the cursor.
+            (0..8).for_each(|_| chain.extend(&[], &[]));
+            for _ in 0..3 {
+                settle(&mut scanner).await;
+            }
+            seen.extend(store.claim(usize::MAX).unwrap().into_iter().map(|it| (it.position, it.entry)));
+
+            let blocks = chain.blocks.lock().unwrap();
+            let accepted = &blocks[..blocks.len() - confirmations as usize];
+            assert_eq!(store.cursor(), accepted.last().map(|block| block.header.block));
+            let mut announced = BTreeSet::new();
+            let mut truth: BTreeMap<Address, Vec<(B256, u64)>> = BTreeMap::new();
+            for block in accepted {
+                let here = block.logs.iter().filter(|log| log.address == FACTORY);
+                announced.extend(here.map(|log| Address::from_word(log.topics[1])));
+                for log in &block.logs {
+                    let of = if log.address == FACTORY { Address::from_word(log.topics[1]) } else { log.address };
+                    if announced.contains(&of) {
+                        truth.entry(of).or_default().push((block.header.block.hash, log.log_index));
+                    }
+                }
+            }
+            assert_eq!(standing(&seen), truth);
+            let watched: BTreeSet<Address> = store.registry().watched().iter().copied().collect();
+            assert_eq!(watched, announced);
+            let mut sequences: BTreeMap<Address, u64> = BTreeMap::new();
+            for entry in seen.values() {
+                let last = sequences.entry(entry.escrow).or_default();
+                assert_eq!(entry.sequence, *last + 1, "sequence of {}", entry.escrow);
+                *last = entry.sequence;
+            }
+        });
+    }
+}

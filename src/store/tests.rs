@@ -1,0 +1,387 @@
+use std::collections::{BTreeMap, BTreeSet};
+
+use alloy::json_abi::Event as AbiEvent;
+use proptest::prelude::*;
+use redb::backends::InMemoryBackend;
+
+use super::*;
+use crate::event::{Log, Recognised, Role, Signatures};
+
+fn identity() -> Identity {
+    Identity {
+        chain_id: 1,
+        factory: Address::repeat_byte(0xFA),
+        signatures: vec!["escrow: event Approved(address indexed approver)".into()],
+        sink: "stdout".into(),
+        ordering: "escrow".into(),
+    }
+}
+
+fn memory() -> Store {
+    Store::open_backend(InMemoryBackend::new(), identity(), Some(1)).unwrap()
+}
+
+fn escrow(number: u8) -> Address {
+    Address::repeat_byte(number)
+}
+
+/// A block of fork `fork`: forks differ in their hashes.
+fn block(number: u64, fork: u8) -> BlockRef {
+    let mut hash = B256::repeat_byte(fork);
+    hash[..8].copy_from_slice(&number.to_be_bytes());
+    BlockRef { number, hash }
+}
+
+fn signatures() -> Signatures {
+    let parse = |text: &str| vec![AbiEvent::parse(text).unwrap()];
+    Signatures::new(
+        &parse("EscrowDeployed(address indexed escrow)"),
+        "escrow",
+        &parse("Approved(address indexed approver)"),
+        &[],
+    )
+    .unwrap()
+}
+
+fn event(of: Address, block: BlockRef, log_index: u64, announces: bool) -> Event {
+    let (role, signature, address) = match announces {
+        true => (Role::Announcement, "EscrowDeployed(address)", identity().factory),
+        false => (Role::Lifecycle, "Approved(address)", of),
+    };
+    let log = Log {
+        address,
+        topics: vec![AbiEvent::parse(signature).unwrap().selector(), of.into_word()],
+        data: Default::default(),
+        block,
+        transaction_hash: B256::ZERO,
+        transaction_index: 0,
+        log_index,
+        block_timestamp: None,
+    };
+    match signatures().recognise(role, &log) {
+        Recognised::Known(decoded) => decoded.event(1, &log, 0),
+        other => panic!("{other:?}"),
+    }
+}
+
+fn stretch(block: BlockRef, announced: &[u8], approved: &[u8]) -> Stretch {
+    let mut events = Vec::new();
+    for number in announced {
+        events.push(event(escrow(*number), block, events.len() as u64, true));
+    }
+    for number in approved {
+        events.push(event(escrow(*number), block, events.len() as u64, false));
+    }
+    Stretch {
+        announced: announced.iter().map(|number| (escrow(*number), block)).collect(),
+        events,
+        blocks: vec![block],
+        ..Stretch::default()
+    }
+}
+
+/// (position, escrow, sequence, whether it retracts) of everything not acknowledged, from a store just opened.
+fn waiting(store: &Store) -> Vec<(u64, Address, u64, bool)> {
+    let claimed = store.claim(usize::MAX).unwrap();
+    claimed
+        .into_iter()
+        .map(|Claimed { position, entry }| {
+            (position, entry.escrow, entry.sequence, entry.kind != Kind::Event)
+        })
+        .collect()
+}
+
+#[test]
+fn registry_counts_an_address_once_whatever_its_case() {
+    let store = memory();
+    let lower: Address = "0x311e63dfcefe7f2c202715ef0df01cda82f58914".parse().unwrap();
+    let mixed: Address = "0x311E63dfcEfe7f2c202715ef0DF01CDA82f58914".parse().unwrap();
+    let at = block(1, 0);
+    let announced = vec![(lower, at), (mixed, at)];
+    store.accept(&Stretch { announced, blocks: vec![at], ..Stretch::default() }).unwrap();
+    assert_eq!(store.registry().len(), 1);
+    assert!(store.registry().contains(&mixed));
+}
+
+#[test]
+fn registry_cursor_and_what_waits_survive_a_restart() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("relayer.redb");
+    let store = Store::open(&path, identity(), Some(5)).unwrap();
+    assert_eq!((store.next_block(), store.cursor()), (5, None));
+    store.accept(&stretch(block(5, 0), &[1, 2], &[1, 1])).unwrap();
+    let epoch = store.epoch();
+    let first = store.claim(1).unwrap();
+    store.acknowledge(vec![first[0].position]).unwrap();
+    drop(store);
+
+    let store = Store::open(&path, identity(), None).unwrap();
+    assert_eq!(store.epoch(), epoch);
+    assert_eq!((store.next_block(), store.cursor()), (6, Some(block(5, 0))));
+    assert_eq!(store.registry().len(), 2);
+    assert_eq!(store.waiting(), 3);
+    let expected = vec![(1, escrow(2), 1, false), (2, escrow(1), 2, false), (3, escrow(1), 3, false)];
+    assert_eq!(waiting(&store), expected);
+}
+
+#[test]
+fn the_bytes_that_were_stored_are_the_bytes_claimed_after_a_restart() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("relayer.redb");
+    let store = Store::open(&path, identity(), Some(1)).unwrap();
+    store.accept(&stretch(block(1, 0), &[1], &[1])).unwrap();
+    let before: Vec<Entry> = store.claim(9).unwrap().into_iter().map(|claimed| claimed.entry).collect();
+    drop(store);
+    let store = Store::open(&path, identity(), None).unwrap();
+    let after: Vec<Entry> = store.claim(9).unwrap().into_iter().map(|claimed| claimed.entry).collect();
+    assert_eq!(before, after);
+    assert_eq!(before[1].attributes(1), after[1].attributes(1));
+}
+
+#[test]
+fn a_store_made_for_something_else_is_refused_and_both_are_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("relayer.redb");
+    drop(Store::open(&path, identity(), Some(1)).unwrap());
+    let table: [(Identity, [&str; 2]); 6] = [
+        (Identity { chain_id: 2, ..identity() }, ["chain.id: the store has 1", "the configuration 2"]),
+        (Identity { factory: escrow(9), ..identity() }, ["0xfafa", "0x0909"]),
+        (Identity { sink: "file x".into(), ..identity() }, ["stdout", "file x"]),
+        (Identity { ordering: "none".into(), ..identity() }, ["escrow", "none"]),
+        (Identity { signatures: vec![], ..identity() }, ["the store has `escrow: event Approved", "has not"]),
+        (
+            Identity { signatures: [identity().signatures, vec!["new".into()]].concat(), ..identity() },
+            ["the configuration has `new`", "never read"],
+        ),
+    ];
+    for (other, expected) in table {
+        let error = Store::open(&path, other, None).unwrap_err();
+        assert!(error.is_configuration(), "{error}");
+        for text in expected {
+            assert!(error.to_string().contains(text), "{error}");
+        }
+    }
+    Store::open(&path, identity(), None).unwrap();
+}
+
+#[test]
+fn a_second_opening_of_the_same_file_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("relayer.redb");
+    let _held = Store::open(&path, identity(), Some(1)).unwrap();
+    let error = Store::open(&path, identity(), Some(1)).unwrap_err();
+    assert!(matches!(error, StoreError::Locked { .. }), "{error}");
+}
+
+#[test]
+fn files_that_are_no_store_are_refused_and_left_as_they_are() {
+    let folder = tempfile::tempdir().unwrap();
+    let foreign = folder.path().join("foreign.redb");
+    std::fs::write(&foreign, "not a database, but somebody's file".repeat(500)).unwrap();
+    let before = std::fs::read(&foreign).unwrap();
+    let error = Store::open(&foreign, identity(), Some(1)).unwrap_err();
+    assert!(matches!(error, StoreError::Damaged { .. }), "{error}");
+    assert_eq!(std::fs::read(&foreign).unwrap(), before);
+
+    let other = folder.path().join("other.redb");
+    let db = Database::create(&other).unwrap();
+    let transaction = db.begin_write().unwrap();
+    transaction.open_table(redb::TableDefinition::<u64, u64>::new("theirs")).unwrap();
+    transaction.commit().unwrap();
+    drop(db);
+    let error = Store::open(&other, identity(), Some(1)).unwrap_err();
+    assert!(matches!(error, StoreError::Damaged { .. }), "{error}");
+
+    let nowhere = folder.path().join("no/such/folder/relayer.redb");
+    let error = Store::open(&nowhere, identity(), Some(1)).unwrap_err();
+    assert!(error.is_configuration() && error.to_string().contains("does not exist"), "{error}");
+    let error = Store::open(&folder.path().join("new.redb"), identity(), None).unwrap_err();
+    assert!(matches!(error, StoreError::NoStartBlock { .. }), "{error}");
+}
+
+#[test]
+fn a_fork_withdraws_newest_first_on_the_same_lane_and_frees_what_nobody_saw() {
+    let store = memory();
+    store.accept(&stretch(block(1, 0), &[1], &[])).unwrap();
+    store.accept(&stretch(block(2, 0), &[2], &[1, 1, 2])).unwrap();
+    // Announcement of 1, announcement of 2 and the first approval of 1 may be on their way.
+    assert_eq!(store.claim(3).unwrap().len(), 3);
+    let withdrawal = store.retract(Some(block(1, 0))).unwrap();
+    assert_eq!(withdrawal, Withdrawal { retracted: 2, dropped: 2, escrows: 1 });
+    assert_eq!(store.cursor(), Some(block(1, 0)));
+    assert!(store.registry().contains(&escrow(1)) && !store.registry().contains(&escrow(2)));
+    let left = waiting(&store);
+    assert_eq!(left, vec![(5, escrow(1), 3, true), (6, escrow(2), 2, true)]);
+    store.acknowledge(vec![6, 0, 5, 2, 1]).unwrap();
+    assert_eq!((store.waiting(), store.watermark().unwrap()), (0, 7));
+
+    // Announced again on the other fork: the lane is numbered on.
+    store.accept(&stretch(block(2, 9), &[2], &[2])).unwrap();
+    assert_eq!(waiting(&store), vec![(7, escrow(2), 3, false), (8, escrow(2), 4, false)]);
+}
+
+#[test]
+fn a_fork_seen_by_nobody_leaves_no_trace() {
+    let store = memory();
+    store.accept(&stretch(block(1, 0), &[1], &[])).unwrap();
+    store.accept(&stretch(block(2, 0), &[2], &[1, 2])).unwrap();
+    let withdrawal = store.retract(Some(block(1, 0))).unwrap();
+    assert_eq!(withdrawal, Withdrawal { retracted: 0, dropped: 3, escrows: 1 });
+    store.accept(&stretch(block(2, 9), &[2], &[1])).unwrap();
+    let sequences: Vec<_> =
+        waiting(&store).into_iter().map(|(_, escrow, sequence, _)| (escrow, sequence)).collect();
+    assert_eq!(sequences, vec![(escrow(1), 1), (escrow(2), 1), (escrow(1), 2)]);
+    assert_eq!(store.waiting(), 3);
+}
+
+#[test]
+fn what_was_in_the_log_when_the_file_was_opened_may_have_been_sent_and_is_withdrawn_aloud() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("relayer.redb");
+    let store = Store::open(&path, identity(), Some(1)).unwrap();
+    store.accept(&stretch(block(1, 0), &[1], &[])).unwrap();
+    store.accept(&stretch(block(2, 0), &[], &[1])).unwrap();
+    drop(store);
+    let store = Store::open(&path, identity(), None).unwrap();
+    assert_eq!(store.retract(Some(block(1, 0))).unwrap().retracted, 1);
+}
+
+#[test]
+fn there_and_back_again_every_fork_is_published_and_withdrawn_in_turn() {
+    let store = memory();
+    store.accept(&stretch(block(1, 0), &[1], &[])).unwrap();
+    for fork in [7, 8, 7] {
+        store.accept(&stretch(block(2, fork), &[], &[1])).unwrap();
+        store.claim(usize::MAX).unwrap();
+        assert_eq!(store.retract(Some(block(1, 0))).unwrap().retracted, 1);
+    }
+    store.accept(&stretch(block(2, 8), &[], &[1])).unwrap();
+    assert_eq!(store.log_len().unwrap(), 1 + 3 * 2 + 1);
+}
+
+#[test]
+fn a_fork_below_finality_changes_nothing_and_says_so() {
+    let store = memory();
+    for number in 1..=3 {
+        let finalized = Some(2);
+        store.accept(&Stretch { finalized, ..stretch(block(number, 0), &[], &[]) }).unwrap();
+    }
+    assert_eq!(store.remembered().unwrap(), vec![block(3, 0), block(2, 0)]);
+    let error = store.retract(None).unwrap_err();
+    assert!(matches!(error, StoreError::ForkBelowFinality { block: 2 }), "{error}");
+    assert_eq!(store.cursor(), Some(block(3, 0)));
+    store.retract(Some(block(2, 0))).unwrap();
+    assert_eq!(store.next_block(), 3);
+}
+
+#[test]
+fn trailing_or_missing_bytes_and_foreign_versions_of_a_value_are_damage() {
+    let good = encode(&identity()).unwrap();
+    assert_eq!(decode::<Identity>("t", &good).unwrap(), identity());
+    let table =
+        [vec![], good[..good.len() - 1].to_vec(), [&good[..], &[0]].concat(), [&[9], &good[1..]].concat()];
+    for bytes in table {
+        assert!(matches!(decode::<Identity>("t", &bytes), Err(StoreError::Damaged { .. })), "{bytes:?}");
+    }
+}
+
+proptest! {
+    #[test]
+    fn no_bytes_make_a_value_panic(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+        let bytes = [&[1], &bytes[..]].concat();
+        let _ = decode::<Entry>("t", &bytes);
+        let _ = decode::<Escrow>("t", &bytes);
+        let _ = decode::<schema::Life>("t", &bytes);
+        let _ = decode::<Quarantined>("t", &bytes);
+    }
+
+}
+
+proptest! {
+    // Each case syncs real files.
+    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
+
+    /// Acknowledged in any order and portions, with restarts: what is claimed after a restart is exactly what was not.
+    #[test]
+    fn after_any_acknowledgements_a_restart_hands_out_exactly_the_rest(
+        portions in prop::collection::vec(prop::collection::btree_set(0u64..40, 0..12), 1..6)
+    ) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("relayer.redb");
+        let store = Store::open(&path, identity(), Some(1)).unwrap();
+        store.accept(&stretch(block(1, 0), &[1], &[1; 39])).unwrap();
+        drop(store);
+        let mut left: BTreeSet<u64> = (0..40).collect();
+        for portion in portions {
+            let store = Store::open(&path, identity(), None).unwrap();
+            let claimed: BTreeSet<u64> = waiting(&store).into_iter().map(|(position, ..)| position).collect();
+            prop_assert_eq!(&claimed, &left);
+            prop_assert_eq!(store.waiting(), left.len() as u64);
+            prop_assert_eq!(store.watermark().unwrap(), left.first().copied().unwrap_or(40));
+            let done: Vec<u64> = portion.intersection(&left).copied().collect();
+            left.retain(|position| !done.contains(position));
+            store.acknowledge(done).unwrap();
+        }
+    }
+
+    /// Random forks, claims and restarts against a plain list: per escrow the sequence has no gap, and what was
+    /// published and not withdrawn is what the accepted blocks hold.
+    #[test]
+    fn through_forks_claims_and_restarts_each_lane_is_gapless_and_true(
+        steps in prop::collection::vec((0u8..5, 0u64..4, prop::collection::vec(1u8..4, 0..4)), 1..25)
+    ) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("relayer.redb");
+        let mut store = Store::open(&path, identity(), Some(1)).unwrap();
+        let mut chain: Vec<(BlockRef, Vec<u8>)> = Vec::new();
+        let mut seen: BTreeMap<u64, Entry> = BTreeMap::new();
+        let first = block(1, 0);
+        store.accept(&stretch(first, &[1, 2, 3], &[])).unwrap();
+        let mut fork = 0;
+        for (kind, depth, approved) in steps {
+            match kind {
+                0 => {
+                    fork += 1;
+                    let keep = chain.len().saturating_sub(depth as usize);
+                    chain.truncate(keep);
+                    let ancestor = chain.last().map_or(first, |(block, _)| *block);
+                    store.retract(Some(ancestor)).unwrap();
+                }
+                1 => seen.extend(store.claim(depth as usize + 1).unwrap().into_iter().map(|it| (it.position, it.entry))),
+                2 => {
+                    drop(store);
+                    store = Store::open(&path, identity(), None).unwrap();
+                }
+                _ => {
+                    let next = block(store.next_block(), fork);
+                    store.accept(&stretch(next, &[], &approved)).unwrap();
+                    chain.push((next, approved));
+                }
+            }
+        }
+        seen.extend(store.claim(usize::MAX).unwrap().into_iter().map(|it| (it.position, it.entry)));
+        let mut lanes: BTreeMap<Address, Vec<&Entry>> = BTreeMap::new();
+        for entry in seen.values() {
+            lanes.entry(entry.escrow).or_default().push(entry);
+        }
+        for (address, lane) in lanes {
+            let sequences: Vec<u64> = lane.iter().map(|entry| entry.sequence).collect();
+            prop_assert_eq!(&sequences, &(1..=lane.len() as u64).collect::<Vec<_>>(), "sequences of {}", address);
+            let mut standing: Vec<String> = Vec::new();
+            for entry in lane {
+                match entry.kind {
+                    Kind::Event => standing.push(entry.event_id(1)),
+                    Kind::Retraction { of } => {
+                        // Newest first: a withdrawal always takes the last one standing.
+                        prop_assert_eq!(standing.pop(), Some(seen[&of].event_id(1)));
+                    }
+                }
+            }
+            let approvals = chain.iter().flat_map(|(block, approved)| {
+                let places = approved.iter().enumerate().filter(move |(_, number)| escrow(**number) == address);
+                places.map(move |(place, _)| event_id(1, &block.hash, place as u64))
+            });
+            prop_assert_eq!(standing.split_off(1), approvals.collect::<Vec<_>>(), "events of {}", address);
+        }
+    }
+}

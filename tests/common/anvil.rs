@@ -102,7 +102,7 @@ impl Options {
         self
     }
 
-    /// `finalized` is two epochs behind the head, `safe` one: 64 and 32 blocks unless told otherwise here.
+    /// `safe` is one epoch behind the head and `finalized` two: 32 and 64 blocks unless told otherwise here.
     pub fn slots_in_an_epoch(self, slots: u64) -> Self {
         self.args(["--slots-in-an-epoch".to_owned(), slots.to_string()])
     }

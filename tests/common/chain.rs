@@ -278,7 +278,8 @@ impl Chain {
     }
 
     /// As [`Chain::reorg`], but mines the given transactions again: each in the new block at that offset, where 0 is
-    /// the first replaced one.
+    /// the first replaced one. Keep a sender's transactions from the first replaced one on: one whose nonce has not
+    /// come yet cannot be mined.
     pub async fn reorg_keeping(&self, depth: u64, keep: &[(B256, u64)]) {
         let mut pairs = vec![];
         for (transaction, offset) in keep {
@@ -288,12 +289,40 @@ impl Chain {
             assert!(raw.is_string(), "no transaction {transaction}");
             pairs.push(json!([raw, offset]));
         }
+        let first = self.block_number().await + 1 - depth;
+        let replaced = self.block(first).await.hash;
+        self.begin_branch().await;
         self.rpc("anvil_reorg", json!([depth, pairs])).await;
+
+        assert_ne!(
+            self.block(first).await.hash,
+            replaced,
+            "anvil built the same block again"
+        );
+        for (transaction, offset) in keep {
+            let mined = self
+                .block(first + offset)
+                .await
+                .transactions
+                .contains(transaction);
+            assert!(
+                mined,
+                "anvil could not keep {transaction}: is its sender's previous one kept, too?"
+            );
+        }
     }
 
-    /// Takes the newest `depth` blocks away without a replacement: the chain is shorter.
+    /// Takes the newest `depth` blocks away without a replacement: the chain is shorter. What is mined then differs.
     pub async fn roll_back(&self, depth: u64) {
+        self.begin_branch().await;
         self.rpc("anvil_rollback", json!([depth])).await;
+    }
+
+    /// Blocks of the same content and second have the same hash: without this, a reorg of empty blocks, or one that
+    /// keeps every transaction in its place, would be none. So each branch has a miner of its own.
+    async fn begin_branch(&self) {
+        let miner = Address::from_word(self.head().await.hash);
+        self.rpc("anvil_setCoinbase", json!([miner])).await;
     }
 
     // ---- logs: the truth

@@ -22,9 +22,10 @@ use std::{
 
 pub use googleapis_tonic_google_pubsub_v1::google::pubsub::v1::Subscription;
 use googleapis_tonic_google_pubsub_v1::google::pubsub::v1::{
-    AcknowledgeRequest, DeleteSubscriptionRequest, DeleteTopicRequest, GetSubscriptionRequest, GetTopicRequest,
-    ModifyAckDeadlineRequest, PublishRequest, PublishResponse, PubsubMessage, PullRequest, PullResponse,
-    StreamingPullRequest, StreamingPullResponse, Topic, streaming_pull_response::SubscriptionProperties,
+    AcknowledgeRequest, DeleteSubscriptionRequest, DeleteTopicRequest, GetSubscriptionRequest,
+    GetTopicRequest, ModifyAckDeadlineRequest, PublishRequest, PublishResponse, PubsubMessage, PullRequest,
+    PullResponse, StreamingPullRequest, StreamingPullResponse, Topic,
+    streaming_pull_response::SubscriptionProperties,
 };
 use tokio::{
     runtime::Runtime,
@@ -86,7 +87,7 @@ pub struct Message {
 /// A publish request as it came in, whatever became of it.
 #[derive(Debug, Clone)]
 pub struct Attempt {
-    /// 0 for the first since the server began.
+    /// 0 for the first since the server began, or since [`PubSub::forget`].
     pub index: usize,
     pub topic: String,
     /// Of the first message; a request with several keys is refused anyway.
@@ -155,7 +156,11 @@ impl PubSub {
         let address = listener.local_addr().expect("a bound socket has an address");
         let shared = Arc::new(Shared::default());
         let running = Mutex::new(Some(serve(listener, shared.clone())));
-        PubSub { shared, address, running }
+        PubSub {
+            shared,
+            address,
+            running,
+        }
     }
 
     /// `127.0.0.1:port`, as it stands in `PUBSUB_EMULATOR_HOST`.
@@ -172,8 +177,14 @@ impl PubSub {
 
     /// By its full name, `projects/…/topics/…`; returns that name.
     pub fn create_topic(&self, name: &str) -> String {
-        let topic = Topic { name: name.to_owned(), ..Default::default() };
-        self.shared.create_topic(topic).expect("the topic can be created").name
+        let topic = Topic {
+            name: name.to_owned(),
+            ..Default::default()
+        };
+        self.shared
+            .create_topic(topic)
+            .expect("the topic can be created")
+            .name
     }
 
     /// From now on the topic is not found. Its subscriptions stay.
@@ -183,7 +194,9 @@ impl PubSub {
 
     /// `Subscription { name, topic, enable_message_ordering: true, filter, ..Default::default() }`
     pub fn create_subscription(&self, subscription: Subscription) -> Subscription {
-        self.shared.create_subscription(subscription).expect("the subscription can be created")
+        self.shared
+            .create_subscription(subscription)
+            .expect("the subscription can be created")
     }
 
     // ---- what arrived
@@ -199,7 +212,8 @@ impl PubSub {
 
     /// Waits until at least `n` messages are stored, and returns all that are.
     pub async fn wait_for(&self, n: usize) -> Vec<Message> {
-        self.wait_until(&format!("{n} messages"), |messages| messages.len() >= n).await
+        self.wait_until(&format!("{n} messages"), |messages| messages.len() >= n)
+            .await
     }
 
     /// Waits until the messages stored are as wanted; `wanted` says in words what that is.
@@ -210,14 +224,20 @@ impl PubSub {
 
     /// Waits until at least `n` publish requests came in, answered or not.
     pub async fn wait_for_requests(&self, n: usize) {
-        self.wait(&format!("{n} publish requests"), |state| state.requests.len() >= n).await;
+        self.wait(&format!("{n} publish requests"), |state| {
+            state.requests.len() >= n
+        })
+        .await;
     }
 
     async fn wait(&self, wanted: &str, is_so: impl Fn(&State) -> bool) {
         let mut changed = self.shared.changed.subscribe();
         let wait = async {
             while !is_so(&self.shared.lock()) {
-                changed.changed().await.expect("the server's state lives as long as the server");
+                changed
+                    .changed()
+                    .await
+                    .expect("the server's state lives as long as the server");
             }
         };
         if tokio::time::timeout(WAIT_TIMEOUT, wait).await.is_err() {
@@ -255,7 +275,9 @@ impl PubSub {
     pub async fn take_down(&self) {
         let runtime = self.running.lock().expect("no panic while held").take();
         // Waits for the server's threads, so that afterwards nothing listens any more.
-        tokio::task::spawn_blocking(|| drop(runtime)).await.expect("the server stops");
+        tokio::task::spawn_blocking(|| drop(runtime))
+            .await
+            .expect("the server stops");
     }
 
     /// The server is back, on the same port.
@@ -280,7 +302,9 @@ fn serve(listener: TcpListener, shared: Arc<Shared>) -> Runtime {
         .enable_all()
         .build()
         .expect("a runtime for the server");
-    listener.set_nonblocking(true).expect("a socket can be non-blocking");
+    listener
+        .set_nonblocking(true)
+        .expect("a socket can be non-blocking");
     runtime.spawn(async move {
         let listener = tokio::net::TcpListener::from_std(listener).expect("a listening socket");
         Server::builder()
@@ -329,7 +353,9 @@ impl Shared {
 
     /// Not part of the state: a test's closure may look at the server while it decides.
     fn faults(&self) -> MutexGuard<'_, Faults> {
-        self.faults.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        self.faults
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     fn notify(&self) {
@@ -349,11 +375,19 @@ impl Shared {
     }
 
     fn get_topic(&self, name: &str) -> Result<Topic, Status> {
-        self.lock().topics.get(name).cloned().ok_or_else(|| not_found(name))
+        self.lock()
+            .topics
+            .get(name)
+            .cloned()
+            .ok_or_else(|| not_found(name))
     }
 
     fn delete_topic(&self, name: &str) -> Result<(), Status> {
-        self.lock().topics.remove(name).map(drop).ok_or_else(|| not_found(name))
+        self.lock()
+            .topics
+            .remove(name)
+            .map(drop)
+            .ok_or_else(|| not_found(name))
     }
 
     async fn publish(&self, request: PublishRequest) -> Result<PublishResponse, Status> {
@@ -362,7 +396,11 @@ impl Shared {
             let attempt = Attempt {
                 index: state.requests.len(),
                 topic: request.topic.clone(),
-                ordering_key: request.messages.first().map(|first| first.ordering_key.clone()).unwrap_or_default(),
+                ordering_key: request
+                    .messages
+                    .first()
+                    .map(|first| first.ordering_key.clone())
+                    .unwrap_or_default(),
                 messages: request.messages.len(),
                 at: Instant::now(),
             };
@@ -433,7 +471,11 @@ impl Shared {
         match subscription.ack_deadline_seconds {
             0 => subscription.ack_deadline_seconds = 10,
             10..=600 => {}
-            seconds => return Err(invalid(format!("ack_deadline_seconds is {seconds}; allowed is 10 to 600"))),
+            seconds => {
+                return Err(invalid(format!(
+                    "ack_deadline_seconds is {seconds}; allowed is 10 to 600"
+                )));
+            }
         }
         let delivery = Delivery::new(&subscription)?;
         let mut state = self.lock();
@@ -448,11 +490,20 @@ impl Shared {
     }
 
     fn with_subscription<T>(&self, name: &str, act: impl FnOnce(&mut Delivery) -> T) -> Result<T, Status> {
-        self.lock().subscriptions.get_mut(name).map(act).ok_or_else(|| not_found(name))
+        self.lock()
+            .subscriptions
+            .get_mut(name)
+            .map(act)
+            .ok_or_else(|| not_found(name))
     }
 
     fn delete_subscription(&self, name: &str) -> Result<(), Status> {
-        let gone = self.lock().subscriptions.remove(name).map(drop).ok_or_else(|| not_found(name));
+        let gone = self
+            .lock()
+            .subscriptions
+            .remove(name)
+            .map(drop)
+            .ok_or_else(|| not_found(name));
         self.notify(); // its streams end
         gone
     }
@@ -463,12 +514,21 @@ impl Shared {
         Ok(())
     }
 
-    fn modify_ack_deadline(&self, subscription: &str, ack_ids: &[String], seconds: i32) -> Result<(), Status> {
+    fn modify_ack_deadline(
+        &self,
+        subscription: &str,
+        ack_ids: &[String],
+        seconds: i32,
+    ) -> Result<(), Status> {
         let Some(seconds) = u64::try_from(seconds).ok().filter(|seconds| *seconds <= 600) else {
-            return Err(invalid(format!("ack_deadline_seconds is {seconds}; allowed is 0 to 600")));
+            return Err(invalid(format!(
+                "ack_deadline_seconds is {seconds}; allowed is 0 to 600"
+            )));
         };
         let deadline = Duration::from_secs(seconds);
-        self.with_subscription(subscription, |delivery| delivery.modify_deadline(ack_ids, deadline))?;
+        self.with_subscription(subscription, |delivery| {
+            delivery.modify_deadline(ack_ids, deadline)
+        })?;
         self.notify();
         Ok(())
     }
@@ -481,8 +541,9 @@ impl Shared {
         let give_up = tokio::time::Instant::now() + PULL_WAIT;
         let mut changed = self.changed.subscribe();
         loop {
-            let (received_messages, due) =
-                self.with_subscription(&request.subscription, |delivery| delivery.take(consumer, max, None))?;
+            let (received_messages, due) = self.with_subscription(&request.subscription, |delivery| {
+                delivery.take(consumer, max, None)
+            })?;
             #[allow(deprecated)] // Google's still honours it
             let impatient = request.return_immediately;
             if impatient || !received_messages.is_empty() || tokio::time::Instant::now() >= give_up {
@@ -510,7 +571,10 @@ impl Shared {
             exactly_once_delivery_enabled: false,
             message_ordering_enabled: ordered,
         };
-        let hello = StreamingPullResponse { subscription_properties: Some(properties), ..Default::default() };
+        let hello = StreamingPullResponse {
+            subscription_properties: Some(properties),
+            ..Default::default()
+        };
         let _ = answers.send(Ok(hello)).await;
 
         tokio::spawn(async move {
@@ -539,7 +603,11 @@ impl Shared {
             if !request.ack_ids.is_empty() {
                 self.acknowledge(subscription, &request.ack_ids)?;
             }
-            for (ack_id, seconds) in request.modify_deadline_ack_ids.iter().zip(request.modify_deadline_seconds) {
+            for (ack_id, seconds) in request
+                .modify_deadline_ack_ids
+                .iter()
+                .zip(request.modify_deadline_seconds)
+            {
                 self.modify_ack_deadline(subscription, std::slice::from_ref(ack_id), seconds)?;
             }
         }
@@ -552,13 +620,20 @@ impl Shared {
         answers: &mpsc::Sender<Result<StreamingPullResponse, Status>>,
     ) -> Result<(), Status> {
         let consumer = new_consumer();
-        let limit = usize::try_from(first.max_outstanding_messages).ok().filter(|limit| *limit > 0);
-        let lease = u64::try_from(first.stream_ack_deadline_seconds).ok().filter(|seconds| *seconds > 0);
+        let limit = usize::try_from(first.max_outstanding_messages)
+            .ok()
+            .filter(|limit| *limit > 0);
+        let lease = u64::try_from(first.stream_ack_deadline_seconds)
+            .ok()
+            .filter(|seconds| *seconds > 0);
         let mut changed = self.changed.subscribe();
         loop {
             let (received_messages, due) = self.with_subscription(&first.subscription, |delivery| {
                 let held = delivery.held_by(consumer);
-                let max = limit.unwrap_or(usize::MAX).saturating_sub(held).min(MAX_REQUEST_MESSAGES);
+                let max = limit
+                    .unwrap_or(usize::MAX)
+                    .saturating_sub(held)
+                    .min(MAX_REQUEST_MESSAGES);
                 delivery.take(consumer, max, lease.map(Duration::from_secs))
             })?;
             if received_messages.is_empty() {
@@ -572,7 +647,10 @@ impl Shared {
                     continue;
                 }
             }
-            let response = StreamingPullResponse { received_messages, ..Default::default() };
+            let response = StreamingPullResponse {
+                received_messages,
+                ..Default::default()
+            };
             if answers.send(Ok(response)).await.is_err() {
                 return Ok(());
             }
@@ -594,37 +672,59 @@ fn check_publish(request: &PublishRequest) -> Result<(), Status> {
         return Err(invalid("the request has no messages".into()));
     }
     if messages.len() > MAX_REQUEST_MESSAGES {
-        return Err(invalid(format!("{} messages; the maximum is {MAX_REQUEST_MESSAGES}", messages.len())));
+        return Err(invalid(format!(
+            "{} messages; the maximum is {MAX_REQUEST_MESSAGES}",
+            messages.len()
+        )));
     }
     let size = request.encoded_len();
     if size > MAX_REQUEST_BYTES {
-        return Err(invalid(format!("the request has {size} bytes; the maximum is {MAX_REQUEST_BYTES}")));
+        return Err(invalid(format!(
+            "the request has {size} bytes; the maximum is {MAX_REQUEST_BYTES}"
+        )));
     }
-    if messages.iter().any(|message| message.ordering_key != messages[0].ordering_key) {
-        return Err(invalid("all messages of a request must have the same ordering key".into()));
+    if messages
+        .iter()
+        .any(|message| message.ordering_key != messages[0].ordering_key)
+    {
+        return Err(invalid(
+            "all messages of a request must have the same ordering key".into(),
+        ));
     }
     messages.iter().try_for_each(check_message)
 }
 
 fn check_message(message: &PubsubMessage) -> Result<(), Status> {
     if message.data.is_empty() && message.attributes.is_empty() {
-        return Err(invalid("a message must have data or at least one attribute".into()));
+        return Err(invalid(
+            "a message must have data or at least one attribute".into(),
+        ));
     }
     if message.ordering_key.len() > MAX_ORDERING_KEY_BYTES {
-        return Err(invalid(format!("an ordering key has at most {MAX_ORDERING_KEY_BYTES} bytes")));
+        return Err(invalid(format!(
+            "an ordering key has at most {MAX_ORDERING_KEY_BYTES} bytes"
+        )));
     }
     if message.attributes.len() > MAX_ATTRIBUTES {
-        return Err(invalid(format!("a message has at most {MAX_ATTRIBUTES} attributes")));
+        return Err(invalid(format!(
+            "a message has at most {MAX_ATTRIBUTES} attributes"
+        )));
     }
     for (key, value) in &message.attributes {
         if key.is_empty() || key.len() > MAX_ATTRIBUTE_KEY_BYTES {
-            return Err(invalid(format!("an attribute's key has 1 to {MAX_ATTRIBUTE_KEY_BYTES} bytes")));
+            return Err(invalid(format!(
+                "an attribute's key has 1 to {MAX_ATTRIBUTE_KEY_BYTES} bytes"
+            )));
         }
         if key.starts_with("goog") {
-            return Err(invalid(format!("the attribute {key} begins with `goog`, which is reserved")));
+            return Err(invalid(format!(
+                "the attribute {key} begins with `goog`, which is reserved"
+            )));
         }
         if value.len() > MAX_ATTRIBUTE_VALUE_BYTES {
-            return Err(invalid(format!("the attribute {key} has over {MAX_ATTRIBUTE_VALUE_BYTES} bytes")));
+            return Err(invalid(format!(
+                "the attribute {key} has over {MAX_ATTRIBUTE_VALUE_BYTES} bytes"
+            )));
         }
     }
     Ok(())
@@ -644,7 +744,11 @@ fn check_name(name: &str, kind: &str) -> Result<(), Status> {
         }
         _ => false,
     };
-    if sound { Ok(()) } else { Err(invalid(format!("not a valid name among {kind}: {name:?}"))) }
+    if sound {
+        Ok(())
+    } else {
+        Err(invalid(format!("not a valid name among {kind}: {name:?}")))
+    }
 }
 
 fn invalid(message: String) -> Status {
@@ -680,22 +784,39 @@ impl Service<http::Request<Body>> for Rpc {
 }
 
 async fn route(shared: Arc<Shared>, request: http::Request<Body>) -> http::Response<Body> {
-    let path = request.uri().path().strip_prefix("/google.pubsub.v1.").unwrap_or_default().to_owned();
+    let path = request
+        .uri()
+        .path()
+        .strip_prefix("/google.pubsub.v1.")
+        .unwrap_or_default()
+        .to_owned();
     match path.as_str() {
         "Publisher/CreateTopic" => {
             unary(request, |topic: Topic| async move { shared.create_topic(topic) }).await
         }
         "Publisher/GetTopic" => {
-            unary(request, |get: GetTopicRequest| async move { shared.get_topic(&get.topic) }).await
+            unary(request, |get: GetTopicRequest| async move {
+                shared.get_topic(&get.topic)
+            })
+            .await
         }
         "Publisher/DeleteTopic" => {
-            unary(request, |delete: DeleteTopicRequest| async move { shared.delete_topic(&delete.topic) }).await
+            unary(request, |delete: DeleteTopicRequest| async move {
+                shared.delete_topic(&delete.topic)
+            })
+            .await
         }
         "Publisher/Publish" => {
-            unary(request, |publish: PublishRequest| async move { shared.publish(publish).await }).await
+            unary(request, |publish: PublishRequest| async move {
+                shared.publish(publish).await
+            })
+            .await
         }
         "Subscriber/CreateSubscription" => {
-            unary(request, |new: Subscription| async move { shared.create_subscription(new) }).await
+            unary(request, |new: Subscription| async move {
+                shared.create_subscription(new)
+            })
+            .await
         }
         "Subscriber/GetSubscription" => {
             unary(request, |get: GetSubscriptionRequest| async move {
@@ -710,7 +831,11 @@ async fn route(shared: Arc<Shared>, request: http::Request<Body>) -> http::Respo
             .await
         }
         "Subscriber/Pull" => {
-            unary(request, |pull: PullRequest| async move { shared.pull(pull).await }).await
+            unary(
+                request,
+                |pull: PullRequest| async move { shared.pull(pull).await },
+            )
+            .await
         }
         "Subscriber/Acknowledge" => {
             unary(request, |ack: AcknowledgeRequest| async move {

@@ -27,7 +27,6 @@ pub struct Delivery {
 struct Entry {
     position: u64,
     message: Message,
-    attempt: i32,
 }
 
 struct Lease {
@@ -60,7 +59,10 @@ impl Delivery {
     /// Of a message just published: takes it in if it is this subscription's.
     pub fn offer(&mut self, message: &Message) {
         if message.topic == self.settings.topic && self.filter.lets_pass(message) {
-            self.waiting.push_back(Entry { position: self.next_position, message: message.clone(), attempt: 1 });
+            self.waiting.push_back(Entry {
+                position: self.next_position,
+                message: message.clone(),
+            });
             self.next_position += 1;
         }
     }
@@ -73,7 +75,11 @@ impl Delivery {
         lease: Option<Duration>,
     ) -> (Vec<ReceivedMessage>, Option<Instant>) {
         let now = Instant::now();
-        let expired = self.leased.iter().filter(|(_, lease)| lease.until <= now).map(|(id, _)| *id);
+        let expired = self
+            .leased
+            .iter()
+            .filter(|(_, lease)| lease.until <= now)
+            .map(|(id, _)| *id);
         for id in expired.collect::<Vec<_>>() {
             self.give_back(id);
         }
@@ -82,7 +88,9 @@ impl Delivery {
         let mut taken = vec![];
         let mut passed_over = VecDeque::new();
         while taken.len() < max {
-            let Some(entry) = self.waiting.pop_front() else { break };
+            let Some(entry) = self.waiting.pop_front() else {
+                break;
+            };
             let key = entry.message.ordering_key.clone();
             if self.is_bound(&key) {
                 let (holder, held) = self.holders.entry(key).or_insert((consumer, 0));
@@ -98,7 +106,14 @@ impl Delivery {
                 message: Some(entry.message.to_proto()),
                 delivery_attempt: 0, // said only of subscriptions with a dead-letter topic
             });
-            self.leased.insert(self.next_lease, Lease { entry, consumer, until });
+            self.leased.insert(
+                self.next_lease,
+                Lease {
+                    entry,
+                    consumer,
+                    until,
+                },
+            );
         }
         passed_over.append(&mut self.waiting);
         self.waiting = passed_over;
@@ -106,7 +121,10 @@ impl Delivery {
     }
 
     pub fn held_by(&self, consumer: u64) -> usize {
-        self.leased.values().filter(|lease| lease.consumer == consumer).count()
+        self.leased
+            .values()
+            .filter(|lease| lease.consumer == consumer)
+            .count()
     }
 
     /// Ids of leases that ran out are ignored, as Google's does.
@@ -134,7 +152,10 @@ impl Delivery {
     fn end_lease(&mut self, id: u64) -> Option<Entry> {
         let entry = self.leased.remove(&id)?.entry;
         if self.is_bound(&entry.message.ordering_key) {
-            let (_, held) = self.holders.get_mut(&entry.message.ordering_key).expect("a lent key has a holder");
+            let (_, held) = self
+                .holders
+                .get_mut(&entry.message.ordering_key)
+                .expect("a lent key has a holder");
             *held -= 1;
             if *held == 0 {
                 self.holders.remove(&entry.message.ordering_key);
@@ -145,19 +166,27 @@ impl Delivery {
 
     /// Back into the queue, where it was; with ordering, all later ones of its key too.
     fn give_back(&mut self, id: u64) {
-        let Some(Lease { entry: first, .. }) = self.leased.get(&id) else { return };
+        let Some(Lease { entry: first, .. }) = self.leased.get(&id) else {
+            return;
+        };
         let mut back = vec![id];
         if self.is_bound(&first.message.ordering_key) {
             let later = |lease: &Lease| {
                 lease.entry.position > first.position
                     && lease.entry.message.ordering_key == first.message.ordering_key
             };
-            back.extend(self.leased.iter().filter(|(_, lease)| later(lease)).map(|(id, _)| *id));
+            back.extend(
+                self.leased
+                    .iter()
+                    .filter(|(_, lease)| later(lease))
+                    .map(|(id, _)| *id),
+            );
         }
         for id in back {
-            let mut entry = self.end_lease(id).expect("it is lent");
-            entry.attempt += 1;
-            let place = self.waiting.partition_point(|waiting| waiting.position < entry.position);
+            let entry = self.end_lease(id).expect("it is lent");
+            let place = self
+                .waiting
+                .partition_point(|waiting| waiting.position < entry.position);
             self.waiting.insert(place, entry);
         }
     }
@@ -191,7 +220,9 @@ impl Filter {
         }
         let terms = text.split(" AND ").map(|term| Term::parse(term.trim()));
         let terms = terms.collect::<Option<_>>();
-        terms.map(Filter).ok_or_else(|| invalid(format!("this server does not understand the filter {text:?}")))
+        terms
+            .map(Filter)
+            .ok_or_else(|| invalid(format!("this server does not understand the filter {text:?}")))
     }
 
     fn lets_pass(&self, message: &Message) -> bool {

@@ -4,24 +4,28 @@
 mod common;
 
 use alloy::primitives::Address;
+use common::relay::proxy::{Proxy, Request};
 use common::relay::truth::{retraction, without_epoch};
 use common::relay::{by_key, names_of};
 use common::{Contract, Line, Running, World};
 
 struct Forked {
     world: World,
+    proxy: Proxy,
     relayer: Running,
 }
 
 impl Forked {
     /// With one escrow, announced far below any fork, and a relayer that has said so.
     async fn new() -> (Forked, Contract) {
-        let world = World::new().await;
+        let mut world = World::new().await;
         let escrow = world.factory.create_escrow().await;
         world.chain.mine(3).await;
+        let proxy = Proxy::start(&world.anvil.url()).await;
+        world.setup.set("RPC_URL", proxy.url());
         let mut relayer = world.setup.start(&["run"]);
         relayer.wait_for_lines(1).await;
-        (Forked { world, relayer }, escrow)
+        (Forked { world, proxy, relayer }, escrow)
     }
 
     /// Waits until the relayer has read the head as it is now.
@@ -29,7 +33,7 @@ impl Forked {
         let head = self.world.chain.block_number().await;
         // A block of its own, so that the wait is for something that comes after all that is asked about.
         self.world.chain.mine(1).await;
-        self.relayer.wait_logged(&format!(" to {}", head + 1)).await;
+        self.relayer.wait_read(head + 1).await;
     }
 
     /// Ends it and compares: published less retracted is the chain, numbers without gaps.
@@ -179,11 +183,15 @@ async fn a_node_that_only_lags_makes_nothing_be_retracted() {
     forked.relayer.wait_for_lines(2).await;
     let chain = &forked.world.chain;
     let head = chain.head().await;
-    // The same chain, two empty blocks shorter, for as long as it takes to be noticed.
+    // The same chain, two empty blocks shorter, and polled several times.
     chain.mine(2).await;
-    forked.relayer.wait_logged(&format!(" to {}", head.number + 2)).await;
+    forked.relayer.wait_read(head.number + 2).await;
     forked.world.chain.roll_back(2).await;
     assert_eq!(forked.world.chain.head().await.hash, head.hash);
+    let from = forked.proxy.requests().len();
+    let sees = |request: &Request| request.is_poll() && request.calls[0].block() == Some(head.number);
+    let polled = |requests: &[Request]| requests.iter().filter(|request| sees(request)).count() >= 3;
+    forked.proxy.wait_until("polls of the shorter chain", from, polled).await;
     forked.world.chain.mine(3).await;
     escrow.send("release", &[]).await;
     let lines = forked.relayer.wait_for_lines(3).await;
@@ -221,7 +229,7 @@ async fn after_many_forks_in_a_row_published_less_retracted_is_the_chain() {
         }
         sent.push(world.factory.send("createMany", &[2u64.into()]).await.transaction_hash);
         let head = world.chain.block_number().await;
-        forked.relayer.wait_logged(&format!(" to {head}")).await;
+        forked.relayer.wait_read(head).await;
         // The deeper the fork, the more of it comes back.
         let (depth, kept) = (1 + round, round as usize / 2);
         let first_lost = sent.len() - depth as usize;

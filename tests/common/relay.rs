@@ -25,7 +25,7 @@ use tokio::process::{Child, Command};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use super::{Anvil, Chain, Contract};
+use super::{Anvil, Chain, Contract, pubsub};
 
 /// How long anything may take that is not itself a promise about time.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -250,6 +250,15 @@ impl Running {
         .await
     }
 
+    /// Waits until block `last` was read, or what lies beyond it.
+    pub async fn wait_read(&mut self, last: u64) {
+        self.wait(&format!("reading of block {last}"), |texts| {
+            let read = logs(&texts.err).into_iter().filter(|log| says(log, "Processing blocks"));
+            read.filter_map(|log| log["to"].as_u64()).any(|to| to >= last).then_some(())
+        })
+        .await
+    }
+
     async fn wait<T>(&mut self, wanted: &str, look: impl Fn(&Texts) -> Option<T>) -> T {
         let mut changed = self.output.changed.subscribe();
         let deadline = tokio::time::Instant::now() + PATIENCE;
@@ -377,6 +386,16 @@ impl Line {
         }
         let raw: Raw = serde_json::from_str(text).unwrap_or_else(|error| panic!("{error} in the line {text}"));
         Line { ordering_key: raw.ordering_key, attributes: raw.attributes, data: Value::Object(raw.data.0) }
+    }
+
+    /// A message as it arrived at Pub/Sub.
+    pub fn of(message: &pubsub::Message) -> Line {
+        let data: UniqueNames = serde_json::from_slice(&message.data).expect("the body is JSON");
+        Line {
+            ordering_key: message.ordering_key.clone(),
+            attributes: message.attributes.clone(),
+            data: Value::Object(data.0),
+        }
     }
 
     pub fn all(text: &str) -> Vec<Line> {

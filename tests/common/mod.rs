@@ -19,7 +19,9 @@
 pub mod anvil;
 pub mod chain;
 pub mod pubsub;
+pub mod relay;
 
 pub use anvil::Anvil;
 pub use chain::{Chain, Contract, Log, Receipt};
 pub use pubsub::{Answer, PubSub};
+pub use relay::{Finished, Line, Running, Setup, World};

@@ -1,0 +1,470 @@
+//! The relayer as its users have it: the real binary, in a folder and an environment of its own.
+//!
+//! - [`Setup`]: folder and variables; [`Running`]: a process; [`Finished`]: what it left behind.
+//! - `truth`: what must come out, made from the node's raw logs, without a line of the code under test.
+//! - `proxy`: between relayer and node, to count and to look.
+//!
+//! Nothing here sleeps and hopes: whoever waits is told of changes, and panics when a deadline passes.
+
+pub mod proxy;
+pub mod truth;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use alloy::primitives::Address;
+use serde::Deserialize;
+use serde::de::{Deserializer, MapAccess, Visitor};
+use serde_json::Value;
+use tempfile::TempDir;
+use tokio::io::{AsyncBufReadExt, AsyncRead, BufReader};
+use tokio::process::{Child, Command};
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+use super::{Anvil, Chain, Contract, pubsub};
+
+/// How long anything may take that is not itself a promise about time.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+/// How long stopping may take: promised.
+pub const STOP_WITHIN: Duration = Duration::from_secs(8);
+
+/// A chain with a factory on it, and a relayer set up for both.
+pub struct World {
+    pub anvil: Anvil,
+    pub chain: Chain,
+    pub factory: Contract,
+    pub setup: Setup,
+}
+
+impl World {
+    pub async fn new() -> World {
+        Self::on(Anvil::start().await).await
+    }
+
+    pub async fn on(anvil: Anvil) -> World {
+        let chain = Chain::connect(anvil.url()).await;
+        let factory = chain.deploy("EscrowFactory", &[]).await;
+        let setup = Setup::new(&anvil.url(), factory.address);
+        World { anvil, chain, factory, setup }
+    }
+
+    /// What a relayer must have said of everything on the chain up to `last`.
+    pub async fn truth_to(&self, last: u64) -> truth::Truth {
+        truth::Truth::read(&self.chain, self.factory.address, last).await
+    }
+
+    pub async fn truth(&self) -> truth::Truth {
+        self.truth_to(self.chain.block_number().await).await
+    }
+}
+
+/// A folder of its own, and the only variables the relayer sees.
+pub struct Setup {
+    folder: TempDir,
+    variables: BTreeMap<String, String>,
+}
+
+impl Setup {
+    /// The plan's variables, and the settings that make a test quick: no confirmations, fast polls, no rate limit.
+    pub fn new(rpc_url: &str, factory: Address) -> Setup {
+        Setup::plan(rpc_url, factory)
+            .with("RELAYER_CHAIN__CONFIRMATIONS", 0)
+            .with("RELAYER_RPC__REQUESTS_PER_SECOND", 10_000)
+            .with("RELAYER_RPC__BURST", 10_000)
+            .with("RELAYER_HTTP__LISTEN", "off")
+    }
+
+    /// The plan's variables and nothing else.
+    pub fn plan(rpc_url: &str, factory: Address) -> Setup {
+        let setup =
+            Setup { folder: tempfile::tempdir().expect("a folder can be made"), variables: BTreeMap::new() };
+        setup
+            .with("CHAIN_ID", 31337)
+            .with("START_BLOCK", 0)
+            .with("CONTRACT_ADDRESS", factory)
+            .with("RPC_URL", rpc_url)
+            .with("POLL_INTERVAL_SECONDS", 0.05)
+    }
+
+    /// The same variables in a new folder: another store.
+    pub fn anew(&self) -> Setup {
+        let folder = tempfile::tempdir().expect("a folder can be made");
+        Setup { folder, variables: self.variables.clone() }
+    }
+
+    pub fn with(mut self, name: &str, value: impl ToString) -> Setup {
+        self.set(name, value);
+        self
+    }
+
+    pub fn set(&mut self, name: &str, value: impl ToString) {
+        self.variables.insert(name.to_owned(), value.to_string());
+    }
+
+    pub fn unset(&mut self, name: &str) {
+        self.variables.remove(name).expect("it was set");
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// Starts `relayer ARGS`.
+    pub fn start(&self, args: &[&str]) -> Running {
+        self.start_with(args, &[])
+    }
+
+    /// The same, with these variables beside or instead of the set-up's; an empty value takes one away.
+    pub fn start_with(&self, args: &[&str], variables: &[(&str, &str)]) -> Running {
+        let mut environment = self.variables.clone();
+        for (name, value) in variables {
+            match *value {
+                "" => environment.remove(*name),
+                value => environment.insert((*name).to_owned(), value.to_owned()),
+            };
+        }
+        let binary =
+            option_env!("CARGO_BIN_EXE_relayer").expect("cargo names the binary to integration tests");
+        let mut child = Command::new(binary)
+            .args(args)
+            .env_clear()
+            .envs(environment)
+            .current_dir(self.folder.path())
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()
+            .expect("the relayer can be started");
+        let output = Arc::new(Output::default());
+        let readers = [
+            output.clone().follow(child.stdout.take().expect("piped"), |texts| &mut texts.out),
+            output.clone().follow(child.stderr.take().expect("piped"), |texts| &mut texts.err),
+        ];
+        Running { child, output, readers, started: Instant::now() }
+    }
+
+    /// Runs `relayer ARGS` to its end.
+    pub async fn run(&self, args: &[&str]) -> Finished {
+        self.start(args).ended().await
+    }
+
+    /// As a backfill job: everything up to the head. Panics unless that ends well.
+    pub async fn run_to_head(&self) -> Vec<Line> {
+        self.run(&["run", "--until", "head"]).await.good().lines()
+    }
+}
+
+/// What a process has said so far, in whole lines.
+#[derive(Default)]
+struct Output {
+    texts: Mutex<Texts>,
+    changed: watch::Sender<()>,
+}
+
+#[derive(Clone, Default)]
+struct Texts {
+    out: Vec<String>,
+    err: Vec<String>,
+}
+
+impl Output {
+    fn follow(
+        self: Arc<Self>,
+        pipe: impl AsyncRead + Unpin + Send + 'static,
+        of: fn(&mut Texts) -> &mut Vec<String>,
+    ) -> JoinHandle<()> {
+        tokio::spawn(async move {
+            let mut pipe = BufReader::new(pipe);
+            let mut line = Vec::new();
+            while pipe.read_until(b'\n', &mut line).await.is_ok_and(|read| read > 0) {
+                // A line that a kill cut short is none.
+                if line.pop() == Some(b'\n') {
+                    let text = String::from_utf8(std::mem::take(&mut line)).expect("output is UTF-8");
+                    of(&mut self.texts.lock().expect("no panic while held")).push(text);
+                    self.changed.send_replace(());
+                }
+                line.clear();
+            }
+        })
+    }
+
+    fn texts(&self) -> Texts {
+        self.texts.lock().expect("no panic while held").clone()
+    }
+}
+
+/// A relayer at work. Dropped, it is killed.
+pub struct Running {
+    child: Child,
+    output: Arc<Output>,
+    readers: [JoinHandle<()>; 2],
+    started: Instant,
+}
+
+impl Running {
+    pub fn lines(&self) -> Vec<Line> {
+        self.output.texts().out.iter().map(|text| Line::parse(text)).collect()
+    }
+
+    pub fn stderr(&self) -> String {
+        self.output.texts().err.join("\n")
+    }
+
+    pub fn logs(&self) -> Vec<Value> {
+        logs(&self.output.texts().err)
+    }
+
+    /// Waits until what was printed is as wanted; `wanted` says in words what that is.
+    pub async fn wait_until(&mut self, wanted: &str, is_so: impl Fn(&[Line]) -> bool) -> Vec<Line> {
+        self.wait(wanted, |texts| {
+            let lines: Vec<Line> = texts.out.iter().map(|text| Line::parse(text)).collect();
+            is_so(&lines).then_some(lines)
+        })
+        .await
+    }
+
+    pub async fn wait_for_lines(&mut self, n: usize) -> Vec<Line> {
+        self.wait(&format!("{n} lines"), |texts| {
+            (texts.out.len() >= n).then(|| texts.out.iter().map(|text| Line::parse(text)).collect())
+        })
+        .await
+    }
+
+    /// Waits for a log line whose message contains `text`; returns the first.
+    pub async fn wait_logged(&mut self, text: &str) -> Value {
+        self.wait_logged_times(text, 1).await.remove(0)
+    }
+
+    /// Waits for `n` such log lines.
+    pub async fn wait_logged_times(&mut self, text: &str, n: usize) -> Vec<Value> {
+        self.wait(&format!("log line with {text:?}"), |texts| {
+            let found: Vec<Value> = logs(&texts.err).into_iter().filter(|log| says(log, text)).collect();
+            (found.len() >= n).then_some(found)
+        })
+        .await
+    }
+
+    /// Waits until block `last` was read, or what lies beyond it.
+    pub async fn wait_read(&mut self, last: u64) {
+        self.wait(&format!("reading of block {last}"), |texts| {
+            let read = logs(&texts.err).into_iter().filter(|log| says(log, "Processing blocks"));
+            read.filter_map(|log| log["to"].as_u64()).any(|to| to >= last).then_some(())
+        })
+        .await
+    }
+
+    async fn wait<T>(&mut self, wanted: &str, look: impl Fn(&Texts) -> Option<T>) -> T {
+        let mut changed = self.output.changed.subscribe();
+        let deadline = tokio::time::Instant::now() + PATIENCE;
+        loop {
+            if let Some(found) = look(&self.output.texts()) {
+                return found;
+            }
+            let why = tokio::select! {
+                told = changed.changed() => { told.expect("kept by self"); continue }
+                status = self.child.wait() => {
+                    for reader in &mut self.readers {
+                        let _ = reader.await;
+                    }
+                    if let Some(found) = look(&self.output.texts()) {
+                        return found;
+                    }
+                    format!("the relayer ended ({:?})", status.expect("it can be waited for"))
+                }
+                () = tokio::time::sleep_until(deadline) => format!("{PATIENCE:?} passed"),
+            };
+            let texts = self.output.texts();
+            panic!(
+                "no {wanted}: {why}; {} lines printed; stderr:\n{}",
+                texts.out.len(),
+                texts.err.join("\n")
+            );
+        }
+    }
+
+    fn signal(&self, name: &str) {
+        let Some(pid) = self.child.id() else { return };
+        let sent = std::process::Command::new("kill").args([name, &pid.to_string()]).status();
+        assert!(sent.expect("kill is there").success(), "kill {name} {pid}");
+    }
+
+    /// SIGTERM, and its end. Panics unless that comes with exit code 0 as fast as promised.
+    pub async fn stop(self) -> Finished {
+        self.signal("-TERM");
+        let asked = Instant::now();
+        let finished = self.ended().await.good();
+        let took = asked.elapsed();
+        assert!(took < STOP_WITHIN, "stopping took {took:?}\n{}", finished.stderr);
+        finished
+    }
+
+    /// SIGKILL.
+    pub async fn kill(self) -> Finished {
+        self.signal("-KILL");
+        self.ended().await
+    }
+
+    /// Waits for its own end.
+    pub async fn ended(mut self) -> Finished {
+        let status = match tokio::time::timeout(PATIENCE, self.child.wait()).await {
+            Ok(status) => status.expect("it can be waited for"),
+            Err(_) => panic!("the relayer does not end; stderr:\n{}", self.stderr()),
+        };
+        for reader in self.readers {
+            reader.await.expect("reading does not panic");
+        }
+        let Texts { out, err } = self.output.texts();
+        Finished { code: status.code(), stdout: out, stderr: err.join("\n"), took: self.started.elapsed() }
+    }
+}
+
+/// What a process left behind.
+#[derive(Debug)]
+pub struct Finished {
+    /// `None`: killed.
+    pub code: Option<i32>,
+    pub stdout: Vec<String>,
+    pub stderr: String,
+    pub took: Duration,
+}
+
+impl Finished {
+    pub fn good(self) -> Self {
+        self.failed_with(0, &[])
+    }
+
+    /// Panics unless it ended with this code and said all of this.
+    pub fn failed_with(self, code: i32, said: &[&str]) -> Self {
+        assert_eq!(self.code, Some(code), "exit code; stderr:\n{}", self.stderr);
+        for text in said {
+            assert!(self.stderr.contains(text), "no {text:?} in:\n{}", self.stderr);
+        }
+        self
+    }
+
+    pub fn lines(&self) -> Vec<Line> {
+        self.stdout.iter().map(|text| Line::parse(text)).collect()
+    }
+
+    pub fn logs(&self) -> Vec<Value> {
+        logs(&self.stderr.lines().collect::<Vec<_>>())
+    }
+
+    /// The log lines whose message contains `text`.
+    pub fn logged(&self, text: &str) -> Vec<Value> {
+        self.logs().into_iter().filter(|log| says(log, text)).collect()
+    }
+}
+
+fn logs(lines: &[impl AsRef<str>]) -> Vec<Value> {
+    lines.iter().filter_map(|line| serde_json::from_str(line.as_ref()).ok()).collect()
+}
+
+fn says(log: &Value, text: &str) -> bool {
+    log["message"].as_str().is_some_and(|message| message.contains(text))
+}
+
+/// One line of the stdout or file sink.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Line {
+    pub ordering_key: String,
+    pub attributes: BTreeMap<String, String>,
+    pub data: Value,
+}
+
+impl Line {
+    /// Panics unless it is exactly of the promised shape. A name that stands twice in the body is noticed, too.
+    pub fn parse(text: &str) -> Line {
+        #[derive(Deserialize)]
+        #[serde(deny_unknown_fields)]
+        struct Raw {
+            ordering_key: String,
+            attributes: BTreeMap<String, String>,
+            data: UniqueNames,
+        }
+        let raw: Raw =
+            serde_json::from_str(text).unwrap_or_else(|error| panic!("{error} in the line {text}"));
+        Line { ordering_key: raw.ordering_key, attributes: raw.attributes, data: Value::Object(raw.data.0) }
+    }
+
+    /// A message as it arrived at Pub/Sub.
+    pub fn of(message: &pubsub::Message) -> Line {
+        let data: UniqueNames = serde_json::from_slice(&message.data).expect("the body is JSON");
+        Line {
+            ordering_key: message.ordering_key.clone(),
+            attributes: message.attributes.clone(),
+            data: Value::Object(data.0),
+        }
+    }
+
+    pub fn all(text: &str) -> Vec<Line> {
+        text.lines().map(Line::parse).collect()
+    }
+
+    pub fn name(&self) -> &str {
+        self.attributes["event_type"].as_str()
+    }
+
+    pub fn event_id(&self) -> &str {
+        self.data["event_id"].as_str().expect("an id")
+    }
+
+    pub fn sequence(&self) -> u64 {
+        self.data["sequence"].as_u64().expect("a number")
+    }
+
+    pub fn is_retraction(&self) -> bool {
+        self.name() == "Retracted"
+    }
+}
+
+/// A JSON object in which no name comes twice.
+struct UniqueNames(serde_json::Map<String, Value>);
+
+impl<'de> Deserialize<'de> for UniqueNames {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Object;
+        impl<'de> Visitor<'de> for Object {
+            type Value = UniqueNames;
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("an object")
+            }
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<UniqueNames, A::Error> {
+                let mut names = serde_json::Map::new();
+                while let Some((name, value)) = map.next_entry::<String, Value>()? {
+                    if names.insert(name.clone(), value).is_some() {
+                        return Err(serde::de::Error::custom(format!("{name} stands twice")));
+                    }
+                }
+                Ok(UniqueNames(names))
+            }
+        }
+        deserializer.deserialize_map(Object)
+    }
+}
+
+/// The lines of each ordering key, in their order.
+pub fn by_key(lines: &[Line]) -> BTreeMap<String, Vec<Line>> {
+    let mut keys: BTreeMap<String, Vec<Line>> = BTreeMap::new();
+    for line in lines {
+        keys.entry(line.ordering_key.clone()).or_default().push(line.clone());
+    }
+    keys
+}
+
+/// The names of one escrow's events, in their order.
+pub fn names_of(lines: &[Line], escrow: Address) -> Vec<String> {
+    let key = format!("{escrow:#x}");
+    lines.iter().filter(|line| line.ordering_key == key).map(|line| line.name().to_owned()).collect()
+}
+
+/// A port nobody listens on now.
+pub fn free_port() -> u16 {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("there is a free port");
+    listener.local_addr().expect("it has an address").port()
+}

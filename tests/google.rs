@@ -1,0 +1,252 @@
+//! The way to Google Pub/Sub, whole: real binary, real chain, a server that speaks the real protocol and fails on
+//! demand. Everything arrives, each escrow's messages in order; what comes again comes as the same bytes.
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use common::pubsub::{Code, Message};
+use common::relay::truth::without_epoch;
+use common::relay::{by_key, free_port};
+use common::{Answer, Contract, Line, PubSub, Setup, World};
+
+const TOPIC: &str = "projects/test-project/topics/settlement.events.v1";
+
+/// A world whose relayer publishes to a Pub/Sub of its own.
+struct Google {
+    world: World,
+    pubsub: PubSub,
+}
+
+impl Google {
+    async fn new() -> Google {
+        let mut world = World::new().await;
+        let pubsub = PubSub::start().await;
+        pubsub.create_topic(TOPIC);
+        world.setup = publishing(world.setup, &pubsub);
+        Google { world, pubsub }
+    }
+
+    /// `n` escrows with `approvals` each, in one transaction each.
+    async fn escrows(&self, n: u64, approvals: u64) -> Vec<Contract> {
+        let escrows = self.world.factory.create_many(n).await;
+        for escrow in &escrows {
+            self.world.factory.send("approveMany", &[escrow.address.into(), approvals.into()]).await;
+        }
+        escrows
+    }
+
+    /// Panics unless everything on the chain has arrived, first occurrences in order, and repeats as promised.
+    /// How many messages were repeats.
+    async fn assert_arrived(&self) -> usize {
+        let (firsts, repeats) = firsts(&self.pubsub.messages());
+        self.world.truth().await.assert_is(&firsts);
+        repeats
+    }
+}
+
+fn publishing(setup: Setup, pubsub: &PubSub) -> Setup {
+    setup.with("PUBSUB_EMULATOR_HOST", pubsub.endpoint()).with("PUBSUB_PROJECT_ID", "test-project")
+}
+
+/// The first occurrence of each message, and the number of repeats. Panics unless a repeat is the same bytes, and
+/// repeats are runs: after a message comes its successor, or the run begins again somewhere before.
+fn firsts(messages: &[Message]) -> (Vec<Line>, usize) {
+    let mut seen: BTreeMap<String, &Message> = BTreeMap::new();
+    let mut last: BTreeMap<&str, u64> = BTreeMap::new();
+    let mut firsts = vec![];
+    for message in messages {
+        assert_eq!(message.topic, TOPIC);
+        let line = Line::of(message);
+        let before = last.insert(&message.ordering_key, line.sequence()).unwrap_or(0);
+        assert!(line.sequence() <= before + 1, "{}: {} after {before}", line.ordering_key, line.sequence());
+        match seen.get(line.event_id()) {
+            None => {
+                seen.insert(line.event_id().to_owned(), message);
+                firsts.push(line);
+            }
+            Some(first) => {
+                assert_eq!(message.data, first.data, "the same bytes");
+                assert_eq!(message.attributes, first.attributes);
+                assert_eq!(message.ordering_key, first.ordering_key);
+            }
+        }
+    }
+    let repeats = messages.len() - firsts.len();
+    (firsts, repeats)
+}
+
+#[tokio::test]
+async fn with_the_plans_variables_alone_messages_are_what_stdout_prints() {
+    let World { anvil, chain, factory, .. } = World::new().await;
+    factory.create_by("createApprovedInConstructor").await;
+    factory.create_by("createApproveRelease").await;
+    for escrow in factory.create_many(20).await {
+        factory.send("announceOlder", &[escrow.address.into()]).await;
+        escrow.send("emitAll", &[]).await;
+    }
+    let last = chain.block_number().await;
+    chain.mine(2).await; // the confirmations, which the plan has no variable for
+
+    let plan = || Setup::plan(&anvil.url(), factory.address).with("PORT", free_port());
+    let printed = plan().run_to_head().await;
+    let pubsub = PubSub::start().await;
+    pubsub.create_topic("projects/test-project/topics/another.topic");
+    let setup = publishing(plan(), &pubsub).with("PUBSUB_TOPIC_ID", "another.topic");
+    assert_eq!(setup.run_to_head().await, [], "stdout stays empty");
+
+    let arrived: Vec<Line> = pubsub.messages().iter().map(Line::of).collect();
+    common::relay::truth::Truth::read(&chain, factory.address, last).await.assert_is(&arrived);
+    assert_eq!(by_key(&without_epoch(&arrived)), by_key(&without_epoch(&printed)));
+    assert!(pubsub.messages().iter().all(|message| message.topic.ends_with("/another.topic")));
+}
+
+#[tokio::test]
+async fn without_pubsub_at_the_start_it_waits_and_says_so_once_and_goes_on_when_it_comes() {
+    let google = Google::new().await;
+    google.escrows(5, 3).await;
+    google.pubsub.take_down().await;
+    let mut relayer = google.world.setup.start(&["run"]);
+    let said = relayer.wait_logged("Pub/Sub is unavailable").await;
+    assert_eq!(said["severity"], "WARNING");
+    tokio::time::sleep(Duration::from_secs(1)).await; // time to say it again; nothing waits for this
+    google.pubsub.bring_up().await;
+    relayer.wait_logged("Pub/Sub answers again").await;
+    google.pubsub.wait_for(20).await;
+    let finished = relayer.stop().await;
+    assert_eq!(finished.logged("unavailable").len(), 1, "{}", finished.stderr);
+    assert_eq!(google.assert_arrived().await, 0, "what never arrived is no repeat");
+}
+
+#[tokio::test]
+async fn without_its_topic_it_waits_and_goes_on_when_that_is_created() {
+    let google = Google::new().await;
+    google.escrows(3, 3).await;
+    google.pubsub.delete_topic(TOPIC);
+    let mut relayer = google.world.setup.start(&["run", "--until", "head"]);
+    let said = relayer.wait_logged("Pub/Sub is unavailable").await;
+    assert!(said["reason"].as_str().expect("a reason").contains("settlement.events.v1"), "{said}");
+    google.pubsub.create_topic(TOPIC);
+    relayer.ended().await.good();
+    google.assert_arrived().await;
+}
+
+#[tokio::test]
+async fn an_outage_in_the_middle_loses_nothing_and_is_said_once() {
+    let google = Google::new().await;
+    google.pubsub.on_publish(|_| Answer::Delay(Duration::from_millis(5)));
+    let escrows = google.escrows(10, 5).await;
+    let mut relayer = google.world.setup.start(&["run"]);
+    google.pubsub.wait_for(60).await;
+    google.pubsub.take_down().await;
+    for escrow in &escrows {
+        escrow.send("release", &[]).await;
+    }
+    relayer.wait_logged("Pub/Sub is unavailable").await;
+    google.pubsub.bring_up().await;
+    let all = google.world.truth().await.len();
+    google.pubsub.wait_for(all).await;
+    relayer.wait_logged("Pub/Sub answers again").await;
+    let finished = relayer.stop().await;
+    assert_eq!(finished.logged("Pub/Sub is unavailable").len(), 1, "{}", finished.stderr);
+    google.assert_arrived().await;
+}
+
+#[tokio::test]
+async fn a_refused_escrow_blocks_itself_alone_and_after_healing_a_restart_delivers_it_in_order() {
+    let google = Google::new().await;
+    let escrows = google.escrows(6, 4).await;
+    let blocked = format!("{:#x}", escrows[2].address);
+    let refused = blocked.clone();
+    google.pubsub.on_publish(move |attempt| match attempt.ordering_key == refused {
+        true => Answer::Refuse(Code::InvalidArgument, "the test will not have it".into()),
+        false => Answer::Store,
+    });
+    let ended = google.world.setup.run(&["run", "--until", "head"]).await;
+    let ended = ended.failed_with(1, &[&blocked, "the test will not have it"]);
+    assert_eq!(ended.logged("Lane blocked").len(), 1, "said once");
+    let still = ended.logged("Still blocked");
+    assert_eq!(still.len(), 1);
+    assert_eq!(still[0]["lane"], blocked);
+    let arrived: Vec<Line> = google.pubsub.messages().iter().map(Line::of).collect();
+    assert_eq!(arrived.len(), 25, "the others go on");
+    assert!(!by_key(&arrived).contains_key(&blocked));
+
+    // Its life goes on meanwhile; so does everybody else's.
+    for escrow in &escrows {
+        escrow.send("release", &[]).await;
+    }
+    google.world.setup.run(&["run", "--until", "head"]).await.failed_with(1, &[&blocked]);
+    google.pubsub.heal();
+    google.world.setup.run_to_head().await;
+    assert_eq!(google.assert_arrived().await, 0);
+}
+
+#[tokio::test]
+async fn a_lost_answer_brings_a_run_again_as_the_same_bytes_and_nothing_else() {
+    let google = Google::new().await;
+    google.escrows(3, 40).await;
+    google.pubsub.on_publish(|attempt| match attempt.index % 3 {
+        0 => Answer::lost(),
+        _ => Answer::Store,
+    });
+    google.world.setup.run_to_head().await;
+    let repeats = google.assert_arrived().await;
+    assert!(repeats > 0, "there were lost answers");
+    assert!(repeats <= google.pubsub.messages().len() - 123, "{repeats}");
+}
+
+#[tokio::test]
+async fn killed_amid_publishing_it_repeats_no_more_than_what_was_outstanding() {
+    const OUTSTANDING: usize = 20;
+    let google = Google::new().await;
+    google.escrows(8, 50).await;
+    let all = google.world.truth().await.len();
+    google.pubsub.on_publish(|attempt| Answer::Delay(Duration::from_millis(2 + attempt.index as u64 % 7)));
+    let setup = &google.world.setup;
+    let limited = [("RELAYER_SINK__MAX_OUTSTANDING", OUTSTANDING.to_string())];
+    let limited = [(limited[0].0, limited[0].1.as_str())];
+    let mut repeats = 0;
+    for kill in 1..=4 {
+        let relayer = setup.start_with(&["run"], &limited);
+        let enough = google.pubsub.messages().len() + 60;
+        google.pubsub.wait_for(enough).await;
+        let finished = relayer.kill().await;
+        assert_eq!(finished.code, None, "killed");
+        let (firsts, so_far) = firsts(&google.pubsub.messages());
+        assert!(firsts.len() < all, "killed in the middle");
+        assert!(so_far <= repeats + OUTSTANDING, "kill {kill}: {} repeats", so_far - repeats);
+        repeats = so_far;
+    }
+    setup.start_with(&["run", "--until", "head"], &limited).ended().await.good();
+    let total = google.assert_arrived().await;
+    assert!(total <= repeats + OUTSTANDING, "{} repeats at last", total - repeats);
+}
+
+#[tokio::test]
+async fn sigterm_while_pubsub_does_not_answer_ends_it_in_time_and_nothing_is_lost() {
+    for answer in [Answer::Hang, Answer::StoreAndHang] {
+        let google = Google::new().await;
+        google.escrows(3, 5).await;
+        google.pubsub.on_publish(move |_| answer.clone());
+        let relayer = google.world.setup.start(&["run"]);
+        google.pubsub.wait_for_requests(3).await;
+        relayer.stop().await;
+        google.pubsub.heal();
+        google.world.setup.run_to_head().await;
+        google.assert_arrived().await;
+    }
+}
+
+#[tokio::test]
+async fn sigterm_while_messages_are_under_way_waits_for_them_and_nothing_comes_twice() {
+    let google = Google::new().await;
+    google.escrows(3, 5).await;
+    google.pubsub.on_publish(|_| Answer::Delay(Duration::from_millis(500)));
+    let relayer = google.world.setup.start(&["run"]);
+    google.pubsub.wait_for_requests(3).await;
+    relayer.stop().await;
+    google.world.setup.run_to_head().await;
+    assert_eq!(google.assert_arrived().await, 0);
+}

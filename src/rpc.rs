@@ -4,6 +4,8 @@
 //! a time is made, with growing, jittered pauses. What passes upwards changes the plan: see [`Refused`].
 
 mod gate;
+#[cfg(test)]
+mod tests;
 mod transport;
 pub mod verdict;
 mod wire;

@@ -64,7 +64,7 @@ impl World {
 
 /// A folder of its own, and the only variables the relayer sees.
 pub struct Setup {
-    folder: TempDir,
+    folder: Arc<TempDir>,
     variables: BTreeMap<String, String>,
 }
 
@@ -81,7 +81,7 @@ impl Setup {
     /// The plan's variables and nothing else.
     pub fn plan(rpc_url: &str, factory: Address) -> Setup {
         let setup = Setup {
-            folder: tempfile::tempdir().expect("a folder can be made"),
+            folder: Arc::new(tempfile::tempdir().expect("a folder can be made")),
             variables: BTreeMap::new(),
         };
         setup
@@ -94,7 +94,7 @@ impl Setup {
 
     /// The same variables in a new folder: another store.
     pub fn anew(&self) -> Setup {
-        let folder = tempfile::tempdir().expect("a folder can be made");
+        let folder = Arc::new(tempfile::tempdir().expect("a folder can be made"));
         Setup { folder, variables: self.variables.clone() }
     }
 
@@ -146,7 +146,7 @@ impl Setup {
             output.clone().follow(child.stdout.take().expect("piped"), |texts| &mut texts.out),
             output.clone().follow(child.stderr.take().expect("piped"), |texts| &mut texts.err),
         ];
-        Running { child, output, readers, started: Instant::now() }
+        Running { child, output, readers, _folder: self.folder.clone() }
     }
 
     /// Runs `relayer ARGS` to its end.
@@ -204,7 +204,8 @@ pub struct Running {
     child: Child,
     output: Arc<Output>,
     readers: [JoinHandle<()>; 2],
-    started: Instant,
+    /// It lives in there, also when its set-up is gone.
+    _folder: Arc<TempDir>,
 }
 
 impl Running {
@@ -316,7 +317,7 @@ impl Running {
             reader.await.expect("reading does not panic");
         }
         let Texts { out, err } = self.output.texts();
-        Finished { code: status.code(), stdout: out, stderr: err.join("\n"), took: self.started.elapsed() }
+        Finished { code: status.code(), stdout: out, stderr: err.join("\n") }
     }
 }
 
@@ -327,7 +328,6 @@ pub struct Finished {
     pub code: Option<i32>,
     pub stdout: Vec<String>,
     pub stderr: String,
-    pub took: Duration,
 }
 
 impl Finished {

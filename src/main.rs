@@ -131,7 +131,8 @@ async fn run(config: Config, until: Until) -> Result<ExitCode, Failure> {
     let stop = stop_on_signal()?;
     let fail = |error: relayer::RelayError| {
         let code = if error.is_configuration() { CONFIGURATION } else { FAULT };
-        Failure { code, error: error.into() }
+        // Our errors name their causes themselves: as a chain they would say them twice.
+        Failure { code, error: anyhow!("{error}") }
     };
     let relay = Relay::open(config).await.map_err(fail)?;
     match relay.run(until, stop).await.map_err(fail)? {

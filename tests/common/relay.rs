@@ -301,6 +301,12 @@ impl Running {
         finished
     }
 
+    /// The same by SIGINT.
+    pub async fn interrupt(self) -> Finished {
+        self.signal("-INT");
+        self.ended().await.good()
+    }
+
     /// SIGKILL.
     pub async fn kill(self) -> Finished {
         self.signal("-KILL");
@@ -457,6 +463,24 @@ pub fn by_key(lines: &[Line]) -> BTreeMap<String, Vec<Line>> {
 pub fn names_of(lines: &[Line], escrow: Address) -> Vec<String> {
     let key = format!("{escrow:#x}");
     lines.iter().filter(|line| line.ordering_key == key).map(|line| line.name().to_owned()).collect()
+}
+
+/// The first occurrence of each message, and the number of repeats. Panics unless a repeat is the same message, and
+/// repeats are runs: after a message of a key comes its successor, or the run begins again somewhere before.
+pub fn firsts(lines: &[Line]) -> (Vec<Line>, usize) {
+    let mut seen: BTreeMap<&str, &Line> = BTreeMap::new();
+    let mut last: BTreeMap<&str, u64> = BTreeMap::new();
+    let mut firsts = vec![];
+    for line in lines {
+        let before = last.insert(&line.ordering_key, line.sequence()).unwrap_or(0);
+        assert!(line.sequence() <= before + 1, "{}: {} after {before}", line.ordering_key, line.sequence());
+        match seen.insert(line.event_id(), line) {
+            None => firsts.push(line.clone()),
+            Some(first) => assert_eq!(line, first, "what comes again is the same"),
+        }
+    }
+    let repeats = lines.len() - firsts.len();
+    (firsts, repeats)
 }
 
 /// A port nobody listens on now.

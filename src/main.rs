@@ -131,7 +131,7 @@ async fn run(config: Config, until: Until) -> Result<ExitCode, Failure> {
     let stop = stop_on_signal()?;
     let fail = |error: relayer::RelayError| {
         let code = if error.is_configuration() { CONFIGURATION } else { FAULT };
-        // Its text holds its causes already.
+        // Our errors name their causes themselves: as a chain they would say them twice.
         Failure { code, error: anyhow!("{error}") }
     };
     let relay = Relay::open(config).await.map_err(fail)?;

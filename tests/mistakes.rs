@@ -102,7 +102,9 @@ async fn a_place_that_cannot_be_written_is_named() {
     ] {
         let variables = [("RELAYER_SINK__KIND", kind), (variable, path)];
         let key = if kind == "file" { "sink.path" } else { "storage.path" };
-        setup().start_with(&["run"], &variables).ended().await.failed_with(MISTAKE, &[key, path]);
+        let ended = setup().start_with(&["run"], &variables).ended().await;
+        let ended = ended.failed_with(MISTAKE, &[key, path, "os error"]);
+        assert_eq!(ended.stderr.matches("os error").count(), 1, "the cause once: {}", ended.stderr);
     }
 }
 
@@ -277,6 +279,7 @@ async fn below_its_start_block_it_waits_says_so_once_and_begins_when_that_is_min
 async fn config_prints_each_value_with_its_source_and_hides_the_urls_path() {
     let mut setup = Setup::plan("https://rpc.example/v2/SECRETKEY", Address::repeat_byte(0xfa));
     setup.set("RELAYER_RPC__MAX_RANGE", 500);
+    setup.set("CONTRACT_ADDRESS", "0xfafafafafafafafafafafafafafafafafafafafa");
     std::fs::write(setup.path("relayer.toml"), "[chain]\nconfirmations = 3\nid = 5\n").expect("written");
     let ended = setup.run(&["config", "--set", "chain.horizon=safe"]).await.good();
     let row = |key: &str| {

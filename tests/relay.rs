@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use alloy::dyn_abi::DynSolValue;
 use alloy::primitives::Address;
 use common::relay::truth::{Truth, without_epoch};
-use common::relay::{by_key, names_of};
-use common::{Chain, Contract, Line, Receipt, Setup, World};
+use common::relay::{by_key, firsts, names_of};
+use common::{Anvil, Chain, Contract, Line, Receipt, Setup, World};
 
 /// Deeper than anvil's `finalized` (64 blocks): what lies below is read by range, what lies above block by block.
 const PAST_FINALITY: u64 = 150;
@@ -206,6 +206,28 @@ async fn stopped_and_started_amid_production_nothing_is_lost_and_nothing_comes_t
     assert_eq!(last[0].data["contract_address"], format!("{first:#x}"));
 }
 
+#[tokio::test]
+async fn killed_amid_production_nothing_is_lost_and_only_what_was_outstanding_comes_twice() {
+    const OUTSTANDING: usize = 10;
+    let world = World::new().await;
+    let mut setup = world.setup.anew();
+    setup.set("RELAYER_SINK__KIND", "file");
+    setup.set("RELAYER_SINK__PATH", "events.jsonl");
+    setup.set("RELAYER_SINK__MAX_OUTSTANDING", OUTSTANDING);
+    let written = || std::fs::read_to_string(setup.path("events.jsonl")).unwrap_or_default();
+    let producing = tokio::spawn(produce(world.factory.clone(), 60));
+    for _ in 0..6 {
+        let mut relayer = setup.start(&["run"]);
+        relayer.wait_logged_times("Published", 3).await;
+        relayer.kill().await;
+    }
+    producing.await.expect("production does not panic");
+    setup.run_to_head().await;
+    let (firsts, repeats) = firsts(&Line::all(&written()));
+    world.truth().await.assert_is(&firsts);
+    assert!(repeats <= 6 * OUTSTANDING, "{repeats} repeats after 6 kills");
+}
+
 /// Transactions of many kinds, one after another.
 async fn produce(factory: Contract, rounds: u64) {
     let mut escrows = vec![];
@@ -239,6 +261,9 @@ async fn sigterm_ends_it_in_time_idle_busy_and_without_a_node() {
     let mut idle = world.setup.start(&["run"]);
     idle.wait_for_lines(1).await;
     idle.stop().await;
+    let mut idle = world.setup.start(&[]);
+    idle.wait_logged("Relaying from block").await;
+    idle.interrupt().await;
 
     for _ in 0..20 {
         world.factory.send("approveMany", &[escrow.address.into(), 100u64.into()]).await;
@@ -311,6 +336,38 @@ async fn until_a_block_to_come_says_that_it_waits_and_ends_when_it_is_mined() {
     let finished = relayer.ended().await.good();
     assert_eq!(finished.logged("Waiting for block").len(), 1, "said once");
     world.truth_to(last).await.assert_is(&finished.lines());
+}
+
+#[tokio::test]
+async fn the_horizon_decides_how_far_is_read() {
+    let world = World::new().await;
+    let escrow = world.factory.create_escrow().await;
+    for _ in 0..80 {
+        escrow.send("approve", &[]).await;
+    }
+    let head = world.chain.block_number().await;
+    // anvil's `safe` is 32 blocks behind the head, its `finalized` 64.
+    for (variable, value, behind) in [
+        ("RELAYER_CHAIN__CONFIRMATIONS", "", 2),
+        ("RELAYER_CHAIN__CONFIRMATIONS", "5", 5),
+        ("RELAYER_CHAIN__HORIZON", "safe", 32),
+        ("RELAYER_CHAIN__HORIZON", "finalized", 64),
+    ] {
+        let run = world.setup.anew().start_with(&["run", "--until", "head"], &[(variable, value)]);
+        world.truth_to(head - behind).await.assert_is(&run.ended().await.good().lines());
+    }
+}
+
+#[tokio::test]
+async fn a_second_provider_takes_over_for_one_that_is_dead_or_on_another_chain() {
+    let world = World::new().await;
+    world.factory.create_by("createApproveRelease").await;
+    let another = Anvil::new().chain_id(4242).spawn().await.expect("anvil starts");
+    for first in ["http://127.0.0.1:1".to_owned(), another.url()] {
+        let urls = format!("{first},{}", world.anvil.url());
+        let run = world.setup.anew().start_with(&["run", "--until", "head"], &[("RPC_URL", &urls)]);
+        world.truth().await.assert_is(&run.ended().await.good().lines());
+    }
 }
 
 #[tokio::test]

@@ -18,11 +18,16 @@ struct Forked {
 impl Forked {
     /// With one escrow, announced far below any fork, and a relayer that has said so.
     async fn new() -> (Forked, Contract) {
+        Self::reading("linked").await
+    }
+
+    async fn reading(how: &str) -> (Forked, Contract) {
         let mut world = World::new().await;
         let escrow = world.factory.create_escrow().await;
         world.chain.mine(3).await;
         let proxy = Proxy::start(&world.anvil.url()).await;
         world.setup.set("RPC_URL", proxy.url());
+        world.setup.set("RELAYER_CHAIN__READING", how);
         let mut relayer = world.setup.start(&["run"]);
         relayer.wait_for_lines(1).await;
         (Forked { world, proxy, relayer }, escrow)
@@ -218,8 +223,33 @@ async fn a_fork_that_came_while_it_was_stopped_is_noticed_at_the_next_start() {
 }
 
 #[tokio::test]
+async fn a_fork_below_finality_halts_changes_nothing_and_names_the_way_out() {
+    let world = World::new().await;
+    let escrow = world.factory.create_escrow().await;
+    escrow.send("approve", &[]).await;
+    world.chain.mine(200).await;
+    assert_eq!(world.setup.run_to_head().await.len(), 2);
+    world.chain.reorg(100).await; // finality is 64 blocks deep
+    for _ in 0..2 {
+        let ended = world.setup.run(&["run"]).await;
+        let ended =
+            ended.failed_with(1, &["forked below block", "nothing was changed", "RPC provider", "store"]);
+        assert!(ended.stdout.is_empty());
+    }
+}
+
+#[tokio::test]
 async fn after_many_forks_in_a_row_published_less_retracted_is_the_chain() {
-    let (mut forked, first) = Forked::new().await;
+    many_forks("linked").await;
+}
+
+#[tokio::test]
+async fn after_many_forks_in_a_row_read_by_range_published_less_retracted_is_the_chain() {
+    many_forks("ranged").await;
+}
+
+async fn many_forks(reading: &str) {
+    let (mut forked, first) = Forked::reading(reading).await;
     let mut escrows = vec![first];
     escrows.extend(forked.world.factory.create_many(5).await);
     forked.world.chain.mine(1).await;

@@ -64,7 +64,7 @@ impl World {
 
 /// A folder of its own, and the only variables the relayer sees.
 pub struct Setup {
-    folder: TempDir,
+    folder: Arc<TempDir>,
     variables: BTreeMap<String, String>,
 }
 
@@ -80,8 +80,10 @@ impl Setup {
 
     /// The plan's variables and nothing else.
     pub fn plan(rpc_url: &str, factory: Address) -> Setup {
-        let setup =
-            Setup { folder: tempfile::tempdir().expect("a folder can be made"), variables: BTreeMap::new() };
+        let setup = Setup {
+            folder: Arc::new(tempfile::tempdir().expect("a folder can be made")),
+            variables: BTreeMap::new(),
+        };
         setup
             .with("CHAIN_ID", 31337)
             .with("START_BLOCK", 0)
@@ -92,7 +94,7 @@ impl Setup {
 
     /// The same variables in a new folder: another store.
     pub fn anew(&self) -> Setup {
-        let folder = tempfile::tempdir().expect("a folder can be made");
+        let folder = Arc::new(tempfile::tempdir().expect("a folder can be made"));
         Setup { folder, variables: self.variables.clone() }
     }
 
@@ -145,7 +147,7 @@ impl Setup {
             output.clone().follow(child.stdout.take().expect("piped"), |texts| &mut texts.out),
             output.clone().follow(child.stderr.take().expect("piped"), |texts| &mut texts.err),
         ];
-        Running { child, output, readers, started: Instant::now() }
+        Running { child, output, readers, _folder: self.folder.clone() }
     }
 
     /// Runs `relayer ARGS` to its end.
@@ -203,7 +205,8 @@ pub struct Running {
     child: Child,
     output: Arc<Output>,
     readers: [JoinHandle<()>; 2],
-    started: Instant,
+    /// It lives in there, also when its set-up is gone.
+    _folder: Arc<TempDir>,
 }
 
 impl Running {
@@ -303,6 +306,12 @@ impl Running {
         finished
     }
 
+    /// The same by SIGINT.
+    pub async fn interrupt(self) -> Finished {
+        self.signal("-INT");
+        self.ended().await.good()
+    }
+
     /// SIGKILL.
     pub async fn kill(self) -> Finished {
         self.signal("-KILL");
@@ -319,7 +328,7 @@ impl Running {
             reader.await.expect("reading does not panic");
         }
         let Texts { out, err } = self.output.texts();
-        Finished { code: status.code(), stdout: out, stderr: err.join("\n"), took: self.started.elapsed() }
+        Finished { code: status.code(), stdout: out, stderr: err.join("\n") }
     }
 }
 
@@ -330,7 +339,6 @@ pub struct Finished {
     pub code: Option<i32>,
     pub stdout: Vec<String>,
     pub stderr: String,
-    pub took: Duration,
 }
 
 impl Finished {
@@ -461,6 +469,24 @@ pub fn by_key(lines: &[Line]) -> BTreeMap<String, Vec<Line>> {
 pub fn names_of(lines: &[Line], escrow: Address) -> Vec<String> {
     let key = format!("{escrow:#x}");
     lines.iter().filter(|line| line.ordering_key == key).map(|line| line.name().to_owned()).collect()
+}
+
+/// The first occurrence of each message, and the number of repeats. Panics unless a repeat is the same message, and
+/// repeats are runs: after a message of a key comes its successor, or the run begins again somewhere before.
+pub fn firsts(lines: &[Line]) -> (Vec<Line>, usize) {
+    let mut seen: BTreeMap<&str, &Line> = BTreeMap::new();
+    let mut last: BTreeMap<&str, u64> = BTreeMap::new();
+    let mut firsts = vec![];
+    for line in lines {
+        let before = last.insert(&line.ordering_key, line.sequence()).unwrap_or(0);
+        assert!(line.sequence() <= before + 1, "{}: {} after {before}", line.ordering_key, line.sequence());
+        match seen.insert(line.event_id(), line) {
+            None => firsts.push(line.clone()),
+            Some(first) => assert_eq!(line, first, "what comes again is the same"),
+        }
+    }
+    let repeats = lines.len() - firsts.len();
+    (firsts, repeats)
 }
 
 /// A port nobody listens on now.

@@ -117,8 +117,12 @@ fn execute(cli: Cli) -> Result<ExitCode, Failure> {
 }
 
 fn show(effective: &Effective) -> Result<ExitCode, Failure> {
-    use std::io::Write;
-    write!(std::io::stdout(), "{effective}").context("standard output cannot be written")?;
+    use std::io::{ErrorKind, Write};
+    match write!(std::io::stdout(), "{effective}") {
+        // The reader has seen enough.
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => {}
+        written => written.context("standard output cannot be written")?,
+    }
     Ok(ExitCode::SUCCESS)
 }
 

@@ -212,13 +212,13 @@ keys! {
     }
     RPC_REQUESTS_PER_SECOND: NonZeroU32 {
         path: "rpc.requests_per_second",
-        about: "how many requests a second the provider allows, such as 25",
+        about: "how many calls a second the provider allows, each of a batch counted, such as 25",
         shape: Number, default: Some("25"), plan: None,
         parse: non_zero,
     }
     RPC_BURST: NonZeroU32 {
         path: "rpc.burst",
-        about: "how many requests may go out at once after a pause, such as 25",
+        about: "how many calls may go out at once after a pause, such as 25",
         shape: Number, default: Some("25"), plan: None,
         parse: non_zero,
     }

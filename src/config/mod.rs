@@ -114,9 +114,9 @@ pub struct Escrow {
 pub struct Rpc {
     /// At least one, preferred first; http, https, ws or wss.
     pub urls: Vec<SecretUrl>,
-    /// Requests a second.
+    /// Calls a second; each call of a batch counts.
     pub requests_per_second: NonZeroU32,
-    /// Requests at once after a pause.
+    /// Calls at once after a pause.
     pub burst: NonZeroU32,
     /// Requests in flight.
     pub max_concurrent: NonZeroUsize,

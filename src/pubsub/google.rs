@@ -187,7 +187,7 @@ pub async fn find_topic(config: &config::Sink) -> Result<String, String> {
     let topic = topic_name(project, topic);
     let found: std::pin::Pin<Box<dyn Future<Output = Result<(), String>> + Send>> = match endpoint {
         Some(endpoint) if *emulator => Box::pin(emulated_topic(endpoint, &topic)),
-        _ => Box::pin(admin_topic(&topic)),
+        _ => Box::pin(admin_topic(endpoint.as_deref(), &topic)),
     };
     match tokio::time::timeout(config.timeout, found).await {
         Ok(found) => found.map(|()| format!("{topic} is there")),
@@ -213,11 +213,12 @@ async fn emulated_topic(endpoint: &str, topic: &str) -> Result<(), String> {
     }
 }
 
-async fn admin_topic(topic: &str) -> Result<(), String> {
-    let admin = google_cloud_pubsub::client::TopicAdmin::builder()
-        .build()
-        .await
-        .map_err(|error| error.to_string())?;
+async fn admin_topic(endpoint: Option<&str>, topic: &str) -> Result<(), String> {
+    let mut admin = google_cloud_pubsub::client::TopicAdmin::builder();
+    if let Some(endpoint) = endpoint {
+        admin = admin.with_endpoint(endpoint);
+    }
+    let admin = admin.build().await.map_err(|error| error.to_string())?;
     match admin.get_topic().set_topic(topic).send().await {
         Ok(_) => Ok(()),
         Err(error) => match error.status().map(|status| status.code) {

@@ -129,8 +129,10 @@ impl Setup {
                 value => environment.insert((*name).to_owned(), value.to_owned()),
             };
         }
-        let binary =
-            option_env!("CARGO_BIN_EXE_relayer").expect("cargo names the binary to integration tests");
+        // Examples share this module, and to them cargo does not name the binary.
+        let Some(binary) = option_env!("CARGO_BIN_EXE_relayer") else {
+            panic!("cargo names the binary to integration tests only");
+        };
         let mut child = Command::new(binary)
             .args(args)
             .env_clear()

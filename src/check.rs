@@ -8,7 +8,7 @@ use alloy::primitives::Address;
 
 use crate::config::{Config, SinkKind};
 use crate::event::{BlockRange, Header};
-use crate::pubsub::{Lines, find_topic};
+use crate::pubsub::find_topic;
 use crate::rpc::{Refusing, Rpc};
 use crate::scan::{Answer, BlockTag, Call, LogFilter, Refused, Span};
 use crate::store::Store;
@@ -249,7 +249,8 @@ async fn check_sink(config: &Config) -> Finding {
         SinkKind::File { path } => {
             let name = format!("sink {}", path.display());
             let existing = path.exists();
-            let tried = if existing { Lines::file(path).map(|_| ()) } else { writable(path) };
+            let open = || std::fs::OpenOptions::new().append(true).open(path).map(drop);
+            let tried = if existing { open() } else { writable(path) };
             match tried {
                 Ok(()) => finding(Outcome::Good, name, "can be written"),
                 Err(error) => finding(Outcome::Bad, name, format!("cannot be written: {error}")),

@@ -139,6 +139,15 @@ impl Relay {
             "Relaying from block {} on",
             self.store.next_block()
         );
+        if let Some(asked) = self.config.chain.start_block.filter(|asked| *asked != self.store.start_block())
+        {
+            let began = self.store.start_block();
+            warn!(
+                asked,
+                began,
+                "chain.start_block is {asked}, but this store began at block {began} and goes on from there"
+            );
+        }
         // Either side's end, good or bad, must reach the other.
         let stop = stop.child_token();
         let read = CancellationToken::new();

@@ -126,6 +126,7 @@ pub struct Publisher<S> {
     max_outstanding: usize,
     /// A run that takes longer than this is worth a warning.
     patience: Duration,
+    complain_at: Instant,
     lanes: HashMap<LaneId, Lane>,
     /// Lanes with a message to send now, by the position of that message.
     ready: BTreeSet<(u64, LaneId)>,
@@ -162,6 +163,7 @@ impl<S: Sink> Publisher<S> {
             ordering: config.ordering,
             max_outstanding: config.max_outstanding.get(),
             patience: config.timeout * 2,
+            complain_at: Instant::now() + config.timeout * 2,
             lanes: HashMap::new(),
             ready: BTreeSet::new(),
             retries: BTreeSet::new(),
@@ -198,7 +200,7 @@ impl<S: Sink> Publisher<S> {
             result = commit_of(&mut self.committing) => self.committed(result)?,
             changed = self.appended.changed(), if room => changed.expect("the store outlives its publisher"),
             () = tokio::time::sleep_until(next_try.unwrap_or_else(Instant::now)), if next_try.is_some() => {}
-            () = tokio::time::sleep(self.patience) => self.complain(),
+            () = tokio::time::sleep_until(self.complain_at) => self.complain(),
         }
         Ok(Step::Progress)
     }
@@ -383,8 +385,8 @@ impl<S: Sink> Publisher<S> {
             None => {}
             Some(SinkError::Closed(reason)) => return Err(PublishError::Closed(reason)),
             Some(SinkError::Refused(reason)) => {
-                // A refused request was not stored: its messages cannot come twice.
-                self.outstanding -= lane.forget_outstanding();
+                // A refused request was not stored: what it added cannot come twice.
+                self.outstanding -= lane.forget_added();
                 let alone = sent - receipt.acknowledged == 1;
                 let (pause, newly) = lane.refused(&reason, alone);
                 if newly {
@@ -416,8 +418,11 @@ impl<S: Sink> Publisher<S> {
     fn suspect_outage(&mut self, id: LaneId, reason: &str) {
         let now = Instant::now();
         if let Some(outage) = &mut self.outage {
-            outage.attempts += 1;
-            outage.resume_at = now + lane::pause(outage.attempts);
+            // Runs that were under way when it began fail together: they are one step of the backoff.
+            if outage.resume_at <= now {
+                outage.attempts += 1;
+                outage.resume_at = now + lane::pause(outage.attempts);
+            }
             return;
         }
         if self.failing.len() >= 2 || self.failing.len() == self.lanes.len() {
@@ -467,7 +472,8 @@ impl<S: Sink> Publisher<S> {
     }
 
     /// A run that neither succeeds nor fails: said, never sent again while the sink may still hold it.
-    fn complain(&self) {
+    fn complain(&mut self) {
+        self.complain_at = Instant::now() + self.patience;
         for (id, lane) in &self.lanes {
             if let Some(elapsed) = lane.under_way_for().filter(|elapsed| *elapsed > self.patience) {
                 let seconds = elapsed.as_secs();

@@ -13,10 +13,10 @@ mod wire;
 use std::collections::HashSet;
 use std::num::NonZeroU32;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use alloy::rpc::json_rpc::{Id, RequestPacket, ResponsePacket, ResponsePayload};
+use alloy::rpc::json_rpc::{Id, RequestPacket, Response, ResponsePacket, ResponsePayload};
 use futures_util::future::try_join_all;
 use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
 use serde_json::value::RawValue;
@@ -30,6 +30,7 @@ use crate::scan::{Answer, Call, Chain, Refused};
 use gate::Gate;
 use transport::{Failure, Transport};
 use verdict::{Asked, Refusal, Verdict, classify, redact};
+use wire::Query;
 
 /// What is logged of a provider's text, in characters.
 const MAX_TEXT: usize = 500;
@@ -37,8 +38,8 @@ const MAX_TEXT: usize = 500;
 const STAY_AWAY: Duration = Duration::from_secs(60);
 /// Unknown refusals logged in full, at most.
 const UNKNOWN_TEXTS: usize = 100;
-/// The id of the `eth_chainId` that rides with the first calls to a provider.
-const CHAIN_ID: u64 = 0;
+/// Attempts without a usable answer after which less is asked for.
+const SLOW_ATTEMPTS: usize = 3;
 
 /// All configured providers of one chain.
 pub struct Rpc {
@@ -53,6 +54,8 @@ pub struct Rpc {
     gate: Gate,
     /// When another provider was turned to.
     switched: Mutex<Instant>,
+    /// The id of the next request.
+    next_id: AtomicU64,
     /// Texts already logged in full.
     never_seen: Mutex<HashSet<String>>,
 }
@@ -62,20 +65,30 @@ struct Provider {
     transport: Transport,
     /// It answered with the right chain id.
     verified: AtomicBool,
+    /// It answered with another chain's.
+    wrong: AtomicBool,
     /// Calls it takes in one request, as learnt.
     batch: AtomicUsize,
+}
+
+impl Provider {
+    fn batch(&self) -> usize {
+        self.batch.load(Ordering::Relaxed).max(1)
+    }
 }
 
 /// One call's answer, or why there is none.
 type Outcome = Result<Answer, Refusing>;
 
 /// A verdict with the text it was read from.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Refusing {
     /// What to do.
     pub verdict: Verdict,
     /// What the provider said, without URLs.
     pub message: String,
+    /// No usable answer came: perhaps too much was asked for.
+    slow: bool,
 }
 
 /// What came of one request.
@@ -86,6 +99,16 @@ enum Attempt {
     WrongChain(u64),
 }
 
+/// What to do after a call was refused.
+enum Next {
+    /// Ask again, after this long if the provider says so.
+    Wait { hint: Option<Duration>, message: String, slow: bool },
+    /// Ask again at once, otherwise.
+    Again,
+    /// The plan must change.
+    Replan(Refused),
+}
+
 impl Rpc {
     /// Connects to nothing yet.
     pub fn new(chain_id: u64, config: &config::Rpc) -> Result<Self, reqwest::Error> {
@@ -94,6 +117,7 @@ impl Rpc {
                 url: url.clone(),
                 transport: Transport::new(url, config.timeout)?,
                 verified: AtomicBool::new(false),
+                wrong: AtomicBool::new(false),
                 batch: AtomicUsize::new(config.max_batch.get()),
             })
         });
@@ -108,6 +132,7 @@ impl Rpc {
             max_batch: config.max_batch.get(),
             gate: Gate::default(),
             switched: Mutex::new(Instant::now()),
+            next_id: AtomicU64::new(1),
             never_seen: Mutex::default(),
         })
     }
@@ -128,17 +153,17 @@ impl Rpc {
     /// Asks until every call is answered or one is refused in a way that waiting does not mend.
     async fn ask_batch(&self, calls: &[Call]) -> Result<Vec<Answer>, Refused> {
         let mut answers: Vec<Option<Answer>> = vec![None; calls.len()];
+        let mut slow = 0;
         loop {
-            let mut pending: Vec<usize> =
-                (0..calls.len()).filter(|index| answers[*index].is_none()).collect();
+            let pending: Vec<usize> = (0..calls.len()).filter(|index| answers[*index].is_none()).collect();
             if pending.is_empty() {
                 return Ok(answers.into_iter().flatten().collect());
             }
+            let probe = self.gate.enter().await;
             let current = self.current.load(Ordering::Relaxed);
             let provider = &self.providers[current];
-            pending.truncate(provider.batch.load(Ordering::Relaxed).max(1));
+            let pending = &pending[..provider.batch().min(pending.len())];
             let asked: Vec<Call> = pending.iter().map(|index| calls[*index].clone()).collect();
-            let probe = self.gate.enter().await;
             let outcomes = match self.attempt(provider, &asked).await {
                 Attempt::Outcomes(outcomes) => outcomes,
                 Attempt::WrongChain(found) => {
@@ -147,12 +172,16 @@ impl Rpc {
                 }
             };
             let mut fault = None;
-            for (outcome, index) in outcomes.into_iter().zip(&pending) {
+            for (outcome, index) in outcomes.into_iter().zip(pending) {
                 match outcome.map_err(|refusing| self.judge(provider, refusing, asked.len())) {
                     Ok(answer) => answers[*index] = Some(answer),
-                    Err(Ok(wait)) => fault = Some(wait),
-                    Err(Err(refused)) => {
+                    Err(Next::Again) => {}
+                    Err(Next::Wait { hint, message, slow }) => fault = Some((hint, message, slow)),
+                    Err(Next::Replan(refused)) => {
                         self.gate.succeeded();
+                        if matches!(refused, Refused::HistoryGone(_) | Refused::Unsupported(_)) {
+                            self.use_provider(current + 1);
+                        }
                         return Err(refused);
                     }
                 }
@@ -162,66 +191,72 @@ impl Rpc {
                     self.gate.succeeded();
                     self.prefer_first();
                 }
-                Some((hint, message)) => {
-                    self.gate.failed(&provider.url, &message, hint);
+                Some((hint, message, is_slow)) => {
+                    // Where another provider can be asked, nobody's pause is worth waiting for.
+                    self.gate.failed(&provider.url, &message, hint.filter(|_| self.providers.len() == 1));
                     self.use_provider(current + 1);
+                    slow += usize::from(is_slow);
+                    if slow >= SLOW_ATTEMPTS && asked.iter().any(|call| matches!(call, Call::Logs(_))) {
+                        return Err(Refused::Slow(message));
+                    }
                 }
             }
             drop(probe);
         }
     }
 
-    /// `Ok`: wait (that long, if it says) and ask again. `Err`: the plan must change.
-    fn judge(
-        &self,
-        provider: &Provider,
-        refusing: Refusing,
-        batch: usize,
-    ) -> Result<(Option<Duration>, String), Refused> {
-        let Refusing { verdict, message } = refusing;
+    fn judge(&self, provider: &Provider, refusing: Refusing, batch: usize) -> Next {
+        let Refusing { verdict, message, slow } = refusing;
         debug!(provider = %provider.url, ?verdict, %message, "A call was refused");
-        match verdict {
-            Verdict::Wait { hint } => Ok((hint, message)),
-            Verdict::Fault => Ok((None, message)),
-            Verdict::SmallerBatch => {
+        Next::Replan(match verdict {
+            Verdict::Wait { hint } => return Next::Wait { hint, message, slow },
+            Verdict::SmallerBatch if batch > 1 => {
                 provider.batch.store((batch / 2).max(1), Ordering::Relaxed);
-                Ok((None, message))
+                return Next::Again;
             }
-            Verdict::CapRange(blocks) => Err(Refused::Cap(blocks)),
+            Verdict::Fault | Verdict::SmallerBatch => return Next::Wait { hint: None, message, slow },
+            Verdict::CapRange(blocks) => Refused::Cap(blocks),
             Verdict::UseRange { from, to } => match BlockRange::new(from, to) {
-                Some(range) => Err(Refused::Use(range)),
-                None => Err(Refused::Halve(message)),
+                Some(range) => Refused::Use(range),
+                None => Refused::Halve(message),
             },
-            Verdict::Halve => Err(Refused::Halve(message)),
-            Verdict::FewerAddresses => Err(Refused::FewerAddresses(message)),
-            Verdict::Behind => Err(Refused::Behind(message)),
-            Verdict::Unsupported => Err(Refused::Unsupported(message)),
-            Verdict::HistoryGone => Err(Refused::HistoryGone(message)),
-            Verdict::UnknownTag => Err(Refused::UnknownTag(message)),
+            Verdict::Halve => Refused::Halve(message),
+            Verdict::FewerAddresses => Refused::FewerAddresses(message),
+            Verdict::Behind => Refused::Behind(message),
+            Verdict::Unsupported => Refused::Unsupported(message),
+            Verdict::HistoryGone => Refused::HistoryGone(message),
+            Verdict::UnknownTag => Refused::UnknownTag(message),
             Verdict::Unknown => {
                 let mut seen = self.never_seen.lock().expect("no code that panics runs under this lock");
                 if seen.len() < UNKNOWN_TEXTS && seen.insert(message.clone()) {
                     warn!(provider = %provider.url, %message, "The provider refused with a message nobody has seen before");
                 }
-                Err(Refused::Unknown(message))
+                Refused::Unknown(message)
             }
-        }
+        })
     }
 
-    /// Leaves a provider that serves another chain; the last one ends the run.
+    /// Leaves a provider that serves another chain; when all of them do, the run ends.
     fn give_up(&self, current: usize, found: u64) -> Result<(), Refused> {
         let wrong = Refused::WrongChain { expected: self.chain_id, found };
-        if self.providers.len() == 1 {
+        let provider = &self.providers[current];
+        if !provider.wrong.swap(true, Ordering::Relaxed) {
+            error!(provider = %provider.url, "{wrong}");
+        }
+        if self.providers.iter().all(|provider| provider.wrong.load(Ordering::Relaxed)) {
             return Err(wrong);
         }
-        error!(provider = %self.providers[current].url, "{wrong}");
         self.use_provider(current + 1);
-        self.gate.failed(&self.providers[current].url, &wrong.to_string(), None);
         Ok(())
     }
 
+    /// Turns to that provider, or to the next after it that is on our chain.
     fn use_provider(&self, index: usize) {
-        self.current.store(index % self.providers.len(), Ordering::Relaxed);
+        let count = self.providers.len();
+        let next = (index..index + count)
+            .map(|index| index % count)
+            .find(|index| !self.providers[*index].wrong.load(Ordering::Relaxed));
+        self.current.store(next.unwrap_or(0), Ordering::Relaxed);
         *self.switched.lock().expect("no code that panics runs under this lock") = Instant::now();
     }
 
@@ -235,74 +270,105 @@ impl Rpc {
         }
     }
 
-    /// One HTTP request with all these calls.
+    /// One HTTP request with all these calls, and with what makes their answers trustworthy: the chain id until it
+    /// is known, the header of a range's last block. A provider that takes no batches is asked for its chain id alone.
     async fn attempt(&self, provider: &Provider, calls: &[Call]) -> Attempt {
-        let verify = !provider.verified.load(Ordering::Relaxed);
-        let mut requests: Vec<_> = verify.then(|| wire::chain_id_request(CHAIN_ID)).into_iter().collect();
-        requests.extend(calls.iter().zip(1..).map(|(call, id)| wire::request(call, id)));
-        self.pace(requests.len()).await;
+        let single = provider.batch() == 1;
+        let mut verify = !provider.verified.load(Ordering::Relaxed);
+        if verify && single {
+            let outcome = self.exchange(provider, &[Query::ChainId]).await;
+            match outcome.and_then(|mut answers| self.check_chain_id(provider, answers.remove(0))) {
+                Ok(None) => verify = false,
+                Ok(Some(found)) => return Attempt::WrongChain(found),
+                Err(refusing) => return Attempt::Outcomes(refuse_all(&refusing, calls)),
+            }
+        }
+        let anchor = wire::missing_anchor(calls).filter(|_| !single);
+        let mut queries: Vec<Query<'_>> = calls.iter().map(Query::Call).collect();
+        queries.extend(anchor.map(Query::Anchor));
+        queries.extend(verify.then_some(Query::ChainId));
+        let mut answers = match self.exchange(provider, &queries).await {
+            Ok(answers) => answers,
+            Err(refusing) => return Attempt::Outcomes(refuse_all(&refusing, calls)),
+        };
+        if verify {
+            let chain_id = answers.pop().expect("an answer for each query");
+            match self.check_chain_id(provider, chain_id) {
+                Ok(None) => {}
+                Ok(Some(found)) => return Attempt::WrongChain(found),
+                Err(refusing) => return Attempt::Outcomes(refuse_all(&refusing, calls)),
+            }
+        }
+        if anchor.is_some() {
+            let anchor = answers.pop().expect("an answer for each query");
+            if let Err(refusing) = anchor.and_then(|payload| read_anchor(&payload)) {
+                return Attempt::Outcomes(refuse_all(&refusing, calls));
+            }
+        }
+        let outcomes = calls.iter().zip(answers).map(|(call, payload)| read(call, &payload?));
+        Attempt::Outcomes(outcomes.collect())
+    }
+
+    /// `Ok(None)`: it is ours. `Ok(Some)`: it is that one.
+    fn check_chain_id(
+        &self,
+        provider: &Provider,
+        payload: Result<Box<RawValue>, Refusing>,
+    ) -> Result<Option<u64>, Refusing> {
+        let found =
+            wire::chain_id(&payload?).map_err(|error| useless(format!("an unexpected chain id: {error}")))?;
+        if found != self.chain_id {
+            return Ok(Some(found));
+        }
+        provider.verified.store(true, Ordering::Relaxed);
+        Ok(None)
+    }
+
+    /// One round trip: the result of each query, or why there is none; or why there is none at all.
+    async fn exchange(
+        &self,
+        provider: &Provider,
+        queries: &[Query<'_>],
+    ) -> Result<Vec<Result<Box<RawValue>, Refusing>>, Refusing> {
+        // Never used twice: over a web socket a late answer would pass for another call's.
+        let first = self.next_id.fetch_add(queries.len() as u64, Ordering::Relaxed);
+        self.pace(queries.len()).await;
         let permit = self.requests.acquire().await.expect("the semaphore is never closed");
-        let packet = match <[_; 1]>::try_from(requests) {
-            Ok([single]) => RequestPacket::Single(single),
-            Err(many) => RequestPacket::Batch(many),
+        let packet = match queries {
+            [single] => RequestPacket::Single(wire::request(*single, first)),
+            many => many.iter().zip(first..).map(|(query, id)| wire::request(*query, id)).collect(),
         };
         let reply = provider.transport.round_trip(packet).await;
         drop(permit);
-        let reply = match reply {
-            Ok(reply) => reply,
-            Err(failure) => return Attempt::Outcomes(refuse_all(&failure, calls)),
-        };
+        let reply = reply.map_err(|failure| refuse_request(&failure, queries))?;
         let (status, retry_after) = (reply.http_status, reply.retry_after);
         let responses = match reply.packet {
             ResponsePacket::Batch(responses) => responses,
-            ResponsePacket::Single(response) => {
-                let alone = calls.len() == 1 && !verify;
-                match &response.payload {
-                    // One error for a whole batch: the batch was refused.
-                    ResponsePayload::Failure(failure) if !alone => {
-                        let failure = Failure {
-                            message: redact(&failure.message, MAX_TEXT),
-                            http_status: status,
-                            retry_after,
-                        };
-                        return Attempt::Outcomes(refuse_all(&failure, calls));
-                    }
-                    ResponsePayload::Failure(_) | ResponsePayload::Success(_) => {}
-                }
-                let mut response = response;
-                if alone {
-                    // Some gateways answer a single call with id null.
-                    response.id = Id::Number(1);
-                }
-                vec![response]
+            // Some gateways answer a single call with id null.
+            ResponsePacket::Single(Response { payload, .. }) if queries.len() == 1 => {
+                vec![Response { id: Id::Number(first), payload }]
             }
+            ResponsePacket::Single(Response { payload: ResponsePayload::Failure(failure), .. }) => {
+                // One error for a whole batch: the batch was refused.
+                let message = redact(&failure.message, MAX_TEXT);
+                let failure = Failure { said: true, slow: false, message, http_status: status, retry_after };
+                return Err(refuse_request(&failure, queries));
+            }
+            ResponsePacket::Single(response) => vec![response],
         };
-        let mut payloads: Vec<Option<ResponsePayload>> = (0..=calls.len()).map(|_| None).collect();
+        let mut payloads: Vec<Option<ResponsePayload>> = queries.iter().map(|_| None).collect();
         for response in responses {
             if let Id::Number(id) = response.id
-                && let Some(slot) = payloads.get_mut(id as usize)
+                && let Some(slot) = id.checked_sub(first).and_then(|place| payloads.get_mut(place as usize))
             {
                 *slot = Some(response.payload);
             }
         }
-        let mut payloads = payloads.into_iter();
-        if let (Some(ResponsePayload::Success(id)), true) = (payloads.next().flatten(), verify) {
-            match wire::chain_id(&id) {
-                Ok(id) if id == self.chain_id => provider.verified.store(true, Ordering::Relaxed),
-                Ok(found) => return Attempt::WrongChain(found),
-                Err(_) => {}
-            }
-        }
-        if verify && !provider.verified.load(Ordering::Relaxed) {
-            let message = "it did not say its chain id".to_owned();
-            return Attempt::Outcomes(refuse_all(
-                &Failure { message, http_status: status, retry_after },
-                calls,
-            ));
-        }
-        let outcomes =
-            calls.iter().zip(payloads).map(|(call, payload)| outcome(call, payload, status, retry_after));
-        Attempt::Outcomes(outcomes.collect())
+        Ok(queries
+            .iter()
+            .zip(payloads)
+            .map(|(query, payload)| judge_payload(query, payload, status, retry_after))
+            .collect())
     }
 
     /// Waits for the limiter to let `calls` pass; it lets at most a burst through at once.
@@ -322,8 +388,16 @@ impl Chain for Rpc {
     }
 }
 
-fn refuse_all(failure: &Failure, calls: &[Call]) -> Vec<Outcome> {
-    let heaviest = calls.iter().map(wire::asked).max_by_key(weight).unwrap_or(Asked::Other);
+fn refuse_all(refusing: &Refusing, calls: &[Call]) -> Vec<Outcome> {
+    calls.iter().map(|_| Err(refusing.clone())).collect()
+}
+
+/// A refusal of a request as a whole, read as one of its heaviest query.
+fn refuse_request(failure: &Failure, queries: &[Query<'_>]) -> Refusing {
+    let message = failure.message.clone();
+    if !failure.said {
+        return Refusing { verdict: Verdict::Fault, message, slow: failure.slow };
+    }
     let refusal = Refusal {
         message: &failure.message,
         code: None,
@@ -331,33 +405,41 @@ fn refuse_all(failure: &Failure, calls: &[Call]) -> Vec<Outcome> {
         retry_after: failure.retry_after,
         data: None,
     };
-    let refuse =
-        |_: &Call| Err(Refusing { verdict: classify(&refusal, heaviest), message: failure.message.clone() });
-    calls.iter().map(refuse).collect()
+    let heaviest = queries.iter().map(asked).max_by_key(weight).unwrap_or(Asked::Other);
+    let verdict = match classify(&refusal, heaviest) {
+        // A server's own trouble, in words of its own.
+        Verdict::Unknown if failure.http_status.is_some_and(|status| status >= 500) => Verdict::Fault,
+        verdict => verdict,
+    };
+    Refusing { verdict, message, slow: false }
+}
+
+fn asked(query: &Query<'_>) -> Asked {
+    match query {
+        Query::Call(call) => wire::asked(call),
+        Query::Anchor(_) => Asked::Header,
+        Query::ChainId => Asked::Other,
+    }
 }
 
 /// How much of a node's work a call is: blocks, then addresses.
 fn weight(asked: &Asked) -> (u64, usize) {
     match asked {
-        Asked::Range { from, to, addresses } => (to - from + 2, *addresses),
+        Asked::Range { from, to, addresses } => ((to - from).saturating_add(2), *addresses),
         Asked::BlockHash { addresses } => (1, *addresses),
         Asked::Header | Asked::Tag | Asked::Other => (0, 0),
     }
 }
 
-fn outcome(
-    call: &Call,
+fn judge_payload(
+    query: &Query<'_>,
     payload: Option<ResponsePayload>,
     http_status: Option<u16>,
     retry_after: Option<Duration>,
-) -> Outcome {
-    let fault = |message: String| Err(Refusing { verdict: Verdict::Fault, message });
+) -> Result<Box<RawValue>, Refusing> {
     match payload {
-        None => fault("the batch was answered only partly".to_owned()),
-        Some(ResponsePayload::Success(result)) => match wire::answer(call, &result) {
-            Ok(answer) => Ok(answer),
-            Err(error) => fault(format!("an unexpected result: {error}")),
-        },
+        None => Err(useless("the batch was answered only partly".to_owned())),
+        Some(ResponsePayload::Success(result)) => Ok(result),
         Some(ResponsePayload::Failure(failure)) => {
             let refusal = Refusal {
                 message: &failure.message,
@@ -366,9 +448,31 @@ fn outcome(
                 retry_after,
                 data: failure.data.as_deref().map(RawValue::get),
             };
-            let verdict = classify(&refusal, wire::asked(call));
+            let verdict = classify(&refusal, asked(query));
             let message = redact(&failure.message, MAX_TEXT);
-            Err(Refusing { verdict, message: format!("{message} (code {})", failure.code) })
+            Err(Refusing { verdict, message: format!("{message} (code {})", failure.code), slow: false })
         }
     }
+}
+
+fn read(call: &Call, result: &RawValue) -> Outcome {
+    wire::answer(call, result).map_err(|error| useless(format!("an unexpected result: {error}")))
+}
+
+/// The node answering must have the last block of the range: else its logs may be missing without a word.
+fn read_anchor(result: &RawValue) -> Result<(), Refusing> {
+    let header = serde_json::from_str::<Option<serde::de::IgnoredAny>>(result.get());
+    match header {
+        Ok(Some(_)) => Ok(()),
+        Ok(None) => {
+            let message = "it does not have the last block of the range".to_owned();
+            Err(Refusing { verdict: Verdict::Behind, message, slow: false })
+        }
+        Err(error) => Err(useless(format!("an unexpected header: {error}"))),
+    }
+}
+
+/// An answer nothing can be done with.
+fn useless(message: String) -> Refusing {
+    Refusing { verdict: Verdict::Fault, message, slow: true }
 }

@@ -31,8 +31,11 @@ const LINKED_BLOCKS: u64 = 50;
 const SECOND_LOOK: Duration = Duration::from_millis(250);
 /// How long to leave a provider that cannot serve us at all.
 const GIVE_REST: Duration = Duration::from_secs(15);
-/// The finalized head is asked for again once this many blocks were seen: it only bounds what is remembered.
+/// The finalized head is asked for again once this many blocks were seen. What is final is read by range and never
+/// withdrawn, so knowing of it late costs calls and memory, never an event.
 const FINALITY_REFRESH: u64 = 64;
+/// Looks at a tag without an answer after which the node counts as not knowing it: a node just started has none yet.
+const TAG_LOOKS: u32 = 3;
 
 /// What a step came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -99,10 +102,16 @@ pub struct Scanner<C> {
 /// What is known of finality.
 #[derive(Clone, Copy, Debug, Default)]
 struct Finality {
+    /// A node answered to the tag: from then on no answer to it means lag, not ignorance.
+    tagged: bool,
     /// The node does not know the tag: the configured depth counts.
     untagged: bool,
+    /// How often in a row the tag was not answered.
+    misses: u32,
     /// The head when the tag was last asked for.
     asked_at: Option<u64>,
+    /// The last head seen.
+    head: u64,
 }
 
 /// What was already said: a wait is announced once.
@@ -152,6 +161,7 @@ impl<C: Chain> Scanner<C> {
             Err(Trouble::Refused { refused, blocks }) => self.replan(refused, blocks),
             Err(Trouble::Disagreement(what)) => {
                 self.recent.clear();
+                self.target = None;
                 if !std::mem::replace(&mut self.said.behind, true) {
                     warn!(reason = %what, "An answer was thrown away: the node answering is behind or inconsistent");
                 }
@@ -208,21 +218,27 @@ impl<C: Chain> Scanner<C> {
         let finalized = if ask_finality { answers.next().and_then(Answer::header) } else { None };
         let code = answers.next().map(Answer::code);
         let Some(head) = head else {
-            if tag != BlockTag::Latest {
-                return Err(Trouble::refused(Refused::UnknownTag(format!("{tag}: no such block"))));
-            }
-            return Err(Trouble::Disagreement("it has no latest block".into()));
+            return Err(match tag {
+                BlockTag::Latest | BlockTag::Number(_) => {
+                    Trouble::Disagreement("it has no latest block".into())
+                }
+                BlockTag::Safe | BlockTag::Finalized => {
+                    Trouble::refused(Refused::UnknownTag(format!("{tag}: no such block")))
+                }
+            });
         };
-        if ask_finality {
-            self.finality.asked_at = Some(head.block.number);
-            if finalized.is_none() {
-                self.without_tag("the node has no finalized block");
-            }
-        }
+        self.finality.head = head.block.number;
         let finalized = match tag {
             BlockTag::Finalized => Some(head),
             BlockTag::Number(_) | BlockTag::Latest | BlockTag::Safe => finalized,
         };
+        match finalized {
+            Some(_) => self.tag_is_known(),
+            None if ask_finality => {
+                return Err(Trouble::refused(Refused::UnknownTag("finalized: no such block".into())));
+            }
+            None => {}
+        }
         self.see_head(head);
         let horizon = self.horizon(tag, head.block.number);
         self.note_finality(head.block.number, finalized.map(|header| header.block.number));
@@ -328,14 +344,8 @@ impl<C: Chain> Scanner<C> {
     }
 
     fn finality_is_due(&self) -> bool {
-        if self.finality.untagged {
-            return false;
-        }
-        let Some(asked_at) = self.finality.asked_at else {
-            return true;
-        };
-        let head = self.recent.keys().next_back().copied().unwrap_or(asked_at);
-        head >= asked_at.saturating_add(FINALITY_REFRESH)
+        let asked_at = self.finality.asked_at;
+        asked_at.is_none_or(|at| self.finality.head >= at.saturating_add(FINALITY_REFRESH))
     }
 
     fn note_finality(&mut self, head: u64, tagged: Option<u64>) {
@@ -347,14 +357,30 @@ impl<C: Chain> Scanner<C> {
         self.finalized = self.finalized.max(known);
     }
 
-    fn without_tag(&mut self, why: &str) {
-        if !std::mem::replace(&mut self.finality.untagged, true) {
-            warn!(
-                reason = %why,
-                "The node does not know the tags safe and finalized: blocks count as final {} blocks below the head",
-                self.settings.finality_depth
-            );
+    fn tag_is_known(&mut self) {
+        if self.finality.untagged {
+            info!("The node knows the tags safe and finalized now");
         }
+        let head = self.finality.head;
+        self.finality = Finality { tagged: true, asked_at: Some(head), head, ..Finality::default() };
+    }
+
+    /// A tag was not answered. A node that never answers it does not know it; one that did only lags.
+    fn tag_is_missing(&mut self, why: &str) -> Step {
+        self.finality.misses += 1;
+        if self.finality.tagged || self.finality.misses < TAG_LOOKS {
+            return Step::Wait(SECOND_LOOK);
+        }
+        self.finality.asked_at = Some(self.finality.head);
+        if std::mem::replace(&mut self.finality.untagged, true) {
+            return Step::Wait(SECOND_LOOK);
+        }
+        warn!(
+            reason = %why,
+            "The node does not know the tags safe and finalized: blocks count as final {} blocks below the head",
+            self.settings.finality_depth
+        );
+        Step::Progress
     }
 
     /// Changes the plan after a refusal.
@@ -376,19 +402,19 @@ impl<C: Chain> Scanner<C> {
             }
             Refused::Halve(_) if self.limits.halve(blocks) => Ok(Step::Progress),
             Refused::Unknown(_) if self.limits.halve(blocks) => Ok(Step::Progress),
-            Refused::Halve(_) | Refused::FewerAddresses(_) | Refused::Unknown(_) => {
-                let fewer = self.limits.fewer_addresses();
-                Ok(if fewer { Step::Progress } else { Step::Wait(GIVE_REST) })
-            }
+            Refused::FewerAddresses(_) if self.limits.cap_addresses() => Ok(Step::Progress),
+            Refused::Halve(_) | Refused::Unknown(_) if self.limits.fewer_addresses() => Ok(Step::Progress),
+            Refused::FewerAddresses(_) | Refused::Halve(_) | Refused::Unknown(_) => Ok(Step::Wait(GIVE_REST)),
             Refused::Behind(_) => {
                 self.recent.clear();
                 self.target = None;
                 Ok(Step::Wait(SECOND_LOOK))
             }
-            Refused::UnknownTag(why) => {
-                self.without_tag(&why);
-                Ok(Step::Progress)
-            }
+            Refused::UnknownTag(why) => Ok(self.tag_is_missing(&why)),
+            Refused::Slow(_) => Ok(match self.limits.halve(blocks) {
+                true if blocks > 0 => Step::Progress,
+                _ => Step::Wait(GIVE_REST),
+            }),
             Refused::HistoryGone(_) | Refused::Unsupported(_) => {
                 if !std::mem::replace(&mut self.said.behind, true) {
                     warn!("{refused}: use another provider in rpc.urls; waiting");

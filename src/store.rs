@@ -361,16 +361,15 @@ impl Store {
         let claims = lock(&self.claims);
         let mut progress = lock(&self.progress).clone();
         let above = ancestor.map_or(0, |block| block.number + 1);
-        let lowest = above.max(progress.start_block);
-        if let (Some(finalized), Some((cursor, _))) = (progress.finalized, progress.cursor)
-            && lowest <= finalized.min(cursor)
-        {
-            return Err(StoreError::ForkBelowFinality { block: finalized });
-        }
         let transaction = self.db.begin_write()?;
         let mut withdrawal = Withdrawal::default();
         let changed = {
             let mut blocks = transaction.open_table(BLOCKS)?;
+            if let Some(block) = newest_final(&blocks, progress.finalized)?
+                && above <= block
+            {
+                return Err(StoreError::ForkBelowFinality { block });
+            }
             let log_end = log_end(&blocks, ancestor)?;
             let mut lanes = Lanes::open(&transaction, self.epoch)?;
             let mut log = transaction.open_table(EVENT_LOG)?;
@@ -427,11 +426,15 @@ impl Store {
     /// The next entries to publish, at most `limit`, in log order. Each is handed out once per opening of the store.
     pub fn claim(&self, limit: usize) -> Result<Vec<Claimed>, StoreError> {
         let mut claims = lock(&self.claims);
+        // Taken before the tables are read: what is appended in between lies beyond it.
+        let end = lock(&self.progress).next_position;
         let read = self.db.begin_read()?;
         let log = read.open_table(EVENT_LOG)?;
         let acknowledged = read.open_table(ACKNOWLEDGED)?;
         let mut claimed = Vec::new();
+        let mut rows = 0;
         for row in log.range(claims.next..)?.take(limit) {
+            rows += 1;
             let (position, value) = row?;
             let position = position.value();
             claims.next = position + 1;
@@ -440,6 +443,10 @@ impl Store {
                 continue;
             }
             claimed.push(Claimed { position, entry: decode("event_log", value.value())? });
+        }
+        if rows < limit {
+            // The last entries may have been dropped: there is nothing left to find below the end.
+            claims.next = claims.next.max(end);
         }
         claims.seen_below = claims.seen_below.max(claims.next);
         Ok(claimed)
@@ -602,14 +609,22 @@ fn forget_final(
     blocks: &mut Table<'_, u64, &'static [u8]>,
     finalized: Option<u64>,
 ) -> Result<(), StoreError> {
-    let Some(finalized) = finalized else {
-        return Ok(());
-    };
-    let newest = blocks.range(..=finalized)?.next_back().transpose()?.map(|(number, _)| number.value());
-    if let Some(newest) = newest {
+    if let Some(newest) = newest_final(blocks, finalized)? {
         blocks.retain_in(..newest, |_, _| false)?;
     }
     Ok(())
+}
+
+/// The newest remembered block that cannot leave the chain.
+fn newest_final(
+    blocks: &Table<'_, u64, &'static [u8]>,
+    finalized: Option<u64>,
+) -> Result<Option<u64>, StoreError> {
+    let Some(finalized) = finalized else {
+        return Ok(None);
+    };
+    let newest = blocks.range(..=finalized)?.next_back().transpose()?;
+    Ok(newest.map(|(number, _)| number.value()))
 }
 
 /// Entries of blocks after `ancestor` stand at or after this position.

@@ -65,7 +65,11 @@ fn bucket(escrow: &Address, buckets: u32) -> u32 {
 /// The pause before attempt `attempts` + 1, with jitter so that lanes do not come in step.
 pub(super) fn pause(attempts: u32) -> Duration {
     let whole = FIRST_PAUSE.saturating_mul(1 << attempts.saturating_sub(1).min(16)).min(LONGEST_PAUSE);
-    whole.mul_f64(0.75 + 0.5 * fraction())
+    jittered(whole)
+}
+
+fn jittered(pause: Duration) -> Duration {
+    pause.mul_f64(0.75 + 0.5 * fraction())
 }
 
 /// A number in 0..1 that differs from call to call; nothing depends on its quality.
@@ -82,6 +86,8 @@ pub(super) struct Lane {
     under_way: usize,
     /// Messages at the front that were handed over and may have been stored.
     outstanding: usize,
+    /// How many of these the run under way, or the last one, handed over for the first time.
+    added: usize,
     /// After a failure messages go singly, to find the one at fault; then in growing runs again.
     run_limit: Option<usize>,
     attempts: u32,
@@ -154,7 +160,8 @@ impl Lane {
         let run: Vec<_> =
             self.queue.iter().take(count.max(1)).map(|(_, message)| Arc::clone(message)).collect();
         self.under_way = run.len();
-        self.outstanding = self.outstanding.max(run.len());
+        self.added = run.len().saturating_sub(self.outstanding);
+        self.outstanding += self.added;
         self.sent_at = Some(Instant::now());
         run
     }
@@ -162,6 +169,7 @@ impl Lane {
     /// Removes the acknowledged messages; their positions.
     pub fn finish_run(&mut self, acknowledged: usize) -> Vec<u64> {
         assert!(acknowledged <= self.under_way, "more acknowledged than sent");
+        self.added = self.added.min(self.under_way - acknowledged);
         self.under_way = 0;
         self.sent_at = None;
         self.outstanding -= acknowledged;
@@ -175,9 +183,11 @@ impl Lane {
         self.blocked.take().is_some()
     }
 
-    /// What was handed over was refused and is not outstanding any more; how many that were.
-    pub fn forget_outstanding(&mut self) -> usize {
-        std::mem::take(&mut self.outstanding)
+    /// What the last run handed over for the first time was refused, so it is not outstanding; how much that was.
+    pub fn forget_added(&mut self) -> usize {
+        let added = std::mem::take(&mut self.added);
+        self.outstanding -= added;
+        added
     }
 
     /// The pause before the next attempt, and whether the lane is blocked from now on. Only a message refused
@@ -189,7 +199,7 @@ impl Lane {
             return (Duration::ZERO, false);
         }
         let newly = self.blocked.replace(reason.to_owned()).is_none();
-        (BLOCKED_PAUSE, newly)
+        (jittered(BLOCKED_PAUSE), newly)
     }
 
     /// The pause before the next attempt.

@@ -78,6 +78,14 @@ impl GooglePubSub {
     }
 }
 
+impl GooglePubSub {
+    /// The library's publisher has ended: the next run gets a new one.
+    fn renew(&self) {
+        let mut current = self.current.lock().expect("no code that panics runs under this lock");
+        *current = Generation::new(&self.base, &self.topic);
+    }
+}
+
 impl Generation {
     fn new(base: &BasePublisher, topic: &str) -> Self {
         let publisher = base
@@ -117,6 +125,9 @@ impl Sink for GooglePubSub {
             let Some(failure) = results.into_iter().find_map(Result::err) else {
                 return Receipt { acknowledged, failure: None };
             };
+            if matches!(failure, PublishError::Shutdown) {
+                self.renew();
+            }
             publisher.resume_publish(&key);
             // Still paused by the run before, whose failure came back before the pause was in place: not sent.
             if acknowledged == 0 && matches!(failure, PublishError::OrderingKeyPaused) {

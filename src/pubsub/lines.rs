@@ -1,6 +1,6 @@
 //! Messages as JSON lines on standard output or in a file.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -30,10 +30,12 @@ impl Lines {
 
     /// To the end of a file. A line that a crash cut short was never acknowledged: it is cut off, and comes again.
     pub fn file(path: &Path) -> io::Result<Self> {
-        let mut file = OpenOptions::new().create(true).truncate(false).read(true).write(true).open(path)?;
+        let mut file = OpenOptions::new().create(true).read(true).append(true).open(path)?;
+        if let Err(TryLockError::WouldBlock) = file.try_lock() {
+            return Err(io::Error::new(io::ErrorKind::ResourceBusy, "another process writes to it"));
+        }
         let whole = end_of_last_line(&mut file)?;
         file.set_len(whole)?;
-        file.seek(SeekFrom::End(0))?;
         Ok(Self { target: Arc::new(Mutex::new(Target::File(file))), name: "file" })
     }
 }

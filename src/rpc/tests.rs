@@ -134,7 +134,7 @@ async fn the_chain_id_rides_with_the_first_calls_and_one_call_then_travels_alone
         assert_eq!(numbers(rpc.ask(headers(1)).await.unwrap()), [1]);
     }
     let requests = server.requests.lock().unwrap();
-    assert_eq!(requests[0][0]["method"], "eth_chainId");
+    assert_eq!(requests[0][1]["method"], "eth_chainId");
     assert!(requests[0].is_array() && requests[1].is_object());
 }
 
@@ -225,8 +225,8 @@ async fn what_changes_the_plan_is_passed_on_with_what_the_provider_said() {
 async fn a_provider_of_another_chain_ends_the_run_unless_there_is_another() {
     let other = |_: usize, request: &Value| {
         let mut answers = all(request);
-        for answer in &mut answers {
-            if answer["id"] == 0 {
+        for (answer, call) in answers.iter_mut().zip(request.as_array().unwrap()) {
+            if call["method"] == "eth_chainId" {
                 answer["result"] = json!("0x5");
             }
         }
@@ -235,6 +235,7 @@ async fn a_provider_of_another_chain_ends_the_run_unless_there_is_another() {
     let wrong = Server::start(other).await;
     let expected = Refused::WrongChain { expected: 1, found: 5 };
     assert_eq!(rpc(&[&wrong], 100).ask(headers(1)).await.unwrap_err(), expected);
+    assert_eq!(rpc(&[&wrong, &wrong], 100).ask(headers(1)).await.unwrap_err(), expected);
     let right = Server::start(|_, request| ok(request)).await;
     assert_eq!(numbers(rpc(&[&wrong, &right], 100).ask(headers(1)).await.unwrap()), [1]);
 }
@@ -259,8 +260,9 @@ async fn a_dead_provider_is_failed_over_and_no_text_holds_the_url() {
 #[tokio::test]
 async fn in_an_outage_one_attempt_is_made_at_a_time_however_many_ask() {
     let server = Server::start(|number, request| match number {
-        1..=12 => (503, "", String::new()),
-        _ => ok(request),
+        // The chain id, and the first header.
+        0 | 1 => ok(request),
+        _ => (503, "", String::new()),
     })
     .await;
     let rpc = Arc::new(rpc(&[&server], 1));
@@ -269,13 +271,79 @@ async fn in_an_outage_one_attempt_is_made_at_a_time_however_many_ask() {
     let asking = Arc::clone(&rpc);
     let asking = tokio::spawn(async move { asking.ask(headers(8)).await.unwrap() });
     tokio::time::sleep(Duration::from_millis(1500)).await;
-    // Four at once may meet the outage; then about one for each of 0.2, 0.4, 0.8 s.
+    // All eight may meet the outage as it begins; then about one for each of 0.2, 0.4, 0.8 s.
     let attempts = server.requests.lock().unwrap().len() - 1;
     assert!((1..=12).contains(&attempts), "{attempts} attempts in {:?}", began.elapsed());
     asking.abort();
 }
 
-/// The counts of each method, to see what a batch held.
+fn range_logs(to: u64) -> Call {
+    let span = crate::scan::Span::Range(BlockRange::new(1, to).unwrap());
+    Call::Logs(crate::scan::LogFilter { span, addresses: vec![], topics: Arc::from([]) })
+}
+
+#[tokio::test]
+async fn logs_by_range_never_travel_without_the_header_of_their_last_block() {
+    let server = Server::start(|number, request| {
+        if number == 0 {
+            return ok(request);
+        }
+        let mut answers = all(request);
+        for (answer, call) in answers.iter_mut().zip(request.as_array().unwrap()) {
+            if call["params"][0] == "0x7" {
+                answer["result"] = Value::Null;
+            }
+        }
+        (200, "", json!(answers).to_string())
+    })
+    .await;
+    let rpc = rpc(&[&server], 100);
+    rpc.ask(headers(1)).await.unwrap();
+    let behind = rpc.ask(vec![range_logs(7)]).await.unwrap_err();
+    assert!(matches!(behind, Refused::Behind(_)), "{behind:?}");
+    assert!(matches!(&rpc.ask(vec![range_logs(6)]).await.unwrap()[..], [Answer::Logs(_)]));
+    rpc.ask(vec![Call::Header(BlockTag::Number(5)), range_logs(5)]).await.unwrap();
+    assert_eq!(server.calls(), [2, 2, 2, 2]);
+}
+
+#[tokio::test]
+async fn a_provider_that_takes_no_batches_is_asked_one_by_one() {
+    let server = Server::start(|_, request| {
+        if !request.is_array() {
+            return ok(request);
+        }
+        let error = json!({"code": -32600, "message": "Batched requests are not supported by this server"});
+        (200, "", json!({"jsonrpc": "2.0", "id": null, "error": error}).to_string())
+    })
+    .await;
+    let rpc = rpc(&[&server], 100);
+    assert_eq!(numbers(rpc.ask(headers(3)).await.unwrap()), [1, 2, 3]);
+}
+
+#[tokio::test]
+async fn a_provider_that_never_manages_a_range_is_asked_for_less() {
+    let server = Server::start(|number, request| match number {
+        0 => ok(request),
+        _ => (200, "", r#"{"jsonrpc":"2.0","id":2,"result":[{"addre"#.into()),
+    })
+    .await;
+    let rpc = rpc(&[&server], 100);
+    rpc.ask(headers(1)).await.unwrap();
+    let slow = rpc.ask(vec![range_logs(2000)]).await.unwrap_err();
+    assert!(matches!(slow, Refused::Slow(_)), "{slow:?}");
+}
+
+#[tokio::test]
+async fn no_two_requests_share_an_id() {
+    let server = Server::start(|_, request| ok(request)).await;
+    let rpc = rpc(&[&server], 3);
+    rpc.ask(headers(20)).await.unwrap();
+    let requests = server.requests.lock().unwrap();
+    let ids: Vec<u64> =
+        requests.iter().flat_map(|it| it.as_array().unwrap()).map(|it| it["id"].as_u64().unwrap()).collect();
+    assert_eq!(ids.len(), ids.iter().collect::<std::collections::HashSet<_>>().len());
+}
+
 #[tokio::test]
 async fn every_kind_of_call_has_its_method() {
     let server = Server::start(|_, request| ok(request)).await;

@@ -20,6 +20,10 @@ const MAX_TEXT: usize = 500;
 /// A failed round trip; texts carry no URL.
 #[derive(Debug)]
 pub(super) struct Failure {
+    /// Whether the provider said something, and did not merely fail to answer.
+    pub said: bool,
+    /// Whether it may be that too much was asked for: no answer in time, or one cut short.
+    pub slow: bool,
     pub message: String,
     pub http_status: Option<u16>,
     pub retry_after: Option<Duration>,
@@ -27,7 +31,8 @@ pub(super) struct Failure {
 
 impl Failure {
     fn fault(message: impl std::fmt::Display) -> Self {
-        Self { message: redact(&message.to_string(), MAX_TEXT), http_status: None, retry_after: None }
+        let message = redact(&message.to_string(), MAX_TEXT);
+        Self { said: false, slow: false, message, http_status: None, retry_after: None }
     }
 }
 
@@ -74,7 +79,10 @@ impl Transport {
                     Ok(reply) => reply,
                     Err(_) => {
                         *connection.lock().await = None;
-                        Err(Failure::fault(format_args!("no answer within {timeout:?}")))
+                        Err(Failure {
+                            slow: true,
+                            ..Failure::fault(format_args!("no answer within {timeout:?}"))
+                        })
                     }
                 }
             }
@@ -93,11 +101,17 @@ async fn http(client: &reqwest::Client, url: &SecretUrl, packet: &RequestPacket)
         .and_then(|value| value.to_str().ok())
         .and_then(|value| value.trim().parse().ok())
         .map(Duration::from_secs);
-    let failure = |message: String| Failure { message, http_status: Some(status.as_u16()), retry_after };
+    let failure = |said: bool, message: String| Failure {
+        said,
+        slow: !said,
+        message,
+        http_status: Some(status.as_u16()),
+        retry_after,
+    };
     let mut bytes = Vec::new();
     while let Some(chunk) = response.chunk().await.map_err(connection_failure)? {
         if bytes.len() + chunk.len() > MAX_BODY {
-            return Err(failure("response too large".to_owned()));
+            return Err(failure(true, "response too large".to_owned()));
         }
         bytes.extend_from_slice(&chunk);
     }
@@ -107,10 +121,10 @@ async fn http(client: &reqwest::Client, url: &SecretUrl, packet: &RequestPacket)
         }
         Err(_) if !status.is_success() => {
             let text = redact(&String::from_utf8_lossy(&bytes), MAX_TEXT);
-            Err(failure(format!("HTTP {status}: {text}")))
+            Err(failure(true, format!("HTTP {status}: {text}")))
         }
         Err(error) => {
-            Err(failure(format!("the body is not a JSON-RPC answer ({} bytes): {error}", bytes.len())))
+            Err(failure(false, format!("the body is not a JSON-RPC answer ({} bytes): {error}", bytes.len())))
         }
     }
 }
@@ -124,7 +138,7 @@ fn connection_failure(error: reqwest::Error) -> Failure {
         cause = source;
     }
     let what = if timed_out { "no answer in time".to_owned() } else { cause.to_string() };
-    Failure::fault(format_args!("connection failed: {what}"))
+    Failure { slow: timed_out, ..Failure::fault(format_args!("connection failed: {what}")) }
 }
 
 async fn web_socket(

@@ -10,18 +10,39 @@ use super::verdict::Asked;
 use crate::event::{BlockRef, Header, Log};
 use crate::scan::{Answer, BlockTag, Call, LogFilter, Span};
 
-/// `eth_chainId`, asked beside the first calls to a provider.
-pub(super) fn chain_id_request(id: u64) -> SerializedRequest {
-    serialize("eth_chainId", id, ())
+/// One request of a batch.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Query<'a> {
+    /// What was asked for.
+    Call(&'a Call),
+    /// Beside the first calls to a provider: whether it is on our chain.
+    ChainId,
+    /// Beside logs by range: whether the node answering has the range's last block.
+    Anchor(u64),
 }
 
-/// The call as a JSON-RPC request.
-pub(super) fn request(call: &Call, id: u64) -> SerializedRequest {
-    match call {
-        Call::Header(tag) => serialize("eth_getBlockByNumber", id, (Tag(*tag), false)),
-        Call::Code(address) => serialize("eth_getCode", id, (address, "latest")),
-        Call::Logs(filter) => serialize("eth_getLogs", id, (FilterParam::new(filter),)),
+/// The query as a JSON-RPC request.
+pub(super) fn request(query: Query<'_>, id: u64) -> SerializedRequest {
+    match query {
+        Query::ChainId => serialize("eth_chainId", id, ()),
+        Query::Anchor(number) => {
+            serialize("eth_getBlockByNumber", id, (Tag(BlockTag::Number(number)), false))
+        }
+        Query::Call(Call::Header(tag)) => serialize("eth_getBlockByNumber", id, (Tag(*tag), false)),
+        Query::Call(Call::Code(address)) => serialize("eth_getCode", id, (address, "latest")),
+        Query::Call(Call::Logs(filter)) => serialize("eth_getLogs", id, (FilterParam::new(filter),)),
     }
+}
+
+/// The last block of these calls' ranges whose header is not among them: without it an empty list means nothing.
+pub(super) fn missing_anchor(calls: &[Call]) -> Option<u64> {
+    let last = |call: &Call| match call {
+        Call::Logs(LogFilter { span: Span::Range(range), .. }) => Some(range.to()),
+        Call::Logs(_) | Call::Header(_) | Call::Code(_) => None,
+    };
+    let anchor = calls.iter().filter_map(last).max()?;
+    let is_there = |call: &Call| matches!(call, Call::Header(BlockTag::Number(number)) if *number == anchor);
+    (!calls.iter().any(is_there)).then_some(anchor)
 }
 
 fn serialize(method: &'static str, id: u64, params: impl Serialize) -> SerializedRequest {

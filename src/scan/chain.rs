@@ -123,6 +123,9 @@ pub enum Refused {
     /// Too many blocks, or too many logs in them.
     #[error("the provider wants a smaller range: {0}")]
     Halve(String),
+    /// No usable answer again and again: perhaps too much was asked for.
+    #[error("the provider does not manage to answer: {0}")]
+    Slow(String),
     /// Too many addresses in one filter.
     #[error("the provider wants fewer addresses: {0}")]
     FewerAddresses(String),

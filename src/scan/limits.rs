@@ -6,15 +6,19 @@ use std::num::NonZeroU64;
 /// dense grows back.
 #[derive(Clone, Debug)]
 pub struct Limits {
-    ceiling: u64,
+    range_cap: u64,
     range: u64,
+    address_cap: usize,
     addresses: usize,
+    /// A filter without addresses was refused: address chunks from then on.
+    by_address_only: bool,
 }
 
 impl Limits {
     /// As configured: `rpc.max_range` blocks, `rpc.max_addresses` addresses.
     pub fn new(max_range: NonZeroU64, max_addresses: usize) -> Self {
-        Self { ceiling: max_range.get(), range: max_range.get(), addresses: max_addresses.max(1) }
+        let (range, addresses) = (max_range.get(), max_addresses.max(1));
+        Self { range_cap: range, range, address_cap: addresses, addresses, by_address_only: false }
     }
 
     /// Blocks to ask for next, at least 1.
@@ -27,15 +31,20 @@ impl Limits {
         self.addresses
     }
 
+    /// Whether one filter without addresses is better than chunks for `count` addresses.
+    pub fn topics_only(&self, count: usize) -> bool {
+        count > self.addresses && !self.by_address_only
+    }
+
     /// The provider bears at most `blocks`.
     pub fn cap(&mut self, blocks: NonZeroU64) {
-        self.ceiling = self.ceiling.min(blocks.get());
-        self.range = self.range.min(self.ceiling);
+        self.range_cap = self.range_cap.min(blocks.get());
+        self.range = self.range.min(self.range_cap);
     }
 
     /// The provider suggests `blocks` for the range just refused.
     pub fn shrink(&mut self, blocks: u64) {
-        self.range = blocks.clamp(1, self.ceiling);
+        self.range = blocks.clamp(1, self.range_cap);
     }
 
     /// A range of `blocks` was too much. `false`: it cannot be smaller.
@@ -44,18 +53,31 @@ impl Limits {
         blocks > 1
     }
 
-    /// A filter was too wide. `false`: it cannot be narrower.
+    /// The provider takes fewer addresses than were asked for. `false`: there cannot be fewer.
+    pub fn cap_addresses(&mut self) -> bool {
+        let fewer = self.fewer_addresses();
+        self.address_cap = self.addresses;
+        fewer
+    }
+
+    /// Fewer addresses may help, for now. `false`: there cannot be fewer.
     pub fn fewer_addresses(&mut self) -> bool {
         let before = self.addresses;
         self.addresses = (before / 2).max(1);
         before > 1
     }
 
-    /// A full range was answered: try more next time.
+    /// The provider does not take filters without addresses.
+    pub fn refuse_topics_only(&mut self) {
+        self.by_address_only = true;
+    }
+
+    /// `blocks` were answered: try more next time, if that was all that is asked for now.
     pub fn grow(&mut self, blocks: u64) {
         if blocks >= self.range {
-            self.range = self.range.saturating_mul(2).min(self.ceiling);
+            self.range = self.range.saturating_mul(2).min(self.range_cap);
         }
+        self.addresses = self.addresses.saturating_mul(2).min(self.address_cap);
     }
 }
 
@@ -101,7 +123,7 @@ mod tests {
                 match kind {
                     0 => { limits.cap(NonZeroU64::new(blocks).unwrap()); ceiling = ceiling.min(blocks); }
                     1 => { let asked = limits.range(); prop_assert_eq!(limits.halve(asked), asked > 1); }
-                    2 => { limits.fewer_addresses(); }
+                    2 => { limits.cap_addresses(); }
                     _ => limits.grow(limits.range()),
                 }
                 prop_assert!((1..=ceiling).contains(&limits.range()));

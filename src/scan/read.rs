@@ -8,7 +8,9 @@ use std::time::Instant;
 use alloy::primitives::{Address, B256};
 use tracing::{info, warn};
 
-use super::{Answer, BlockTag, Call, Chain, LINKED_BLOCKS, LogFilter, Scanner, Span, Step, Trouble, on_disk};
+use super::{
+    Answer, BlockTag, Call, Chain, LINKED_BLOCKS, LogFilter, Refused, Scanner, Span, Step, Trouble, on_disk,
+};
 use crate::config::Reading;
 use crate::event::{BlockRange, BlockRef, Header, Log, Recognised, Role};
 use crate::store::{Quarantined, Stretch};
@@ -85,9 +87,10 @@ impl<C: Chain> Scanner<C> {
         let mut headers = answers.into_iter().map(Answer::header);
         let end = headers.next().flatten();
         if let Some(cursor) = cursor {
-            let there = headers.next().flatten();
-            if there.is_some_and(|header| header.block != cursor) {
-                return Ok((None, Harvest::default()));
+            match headers.next().flatten() {
+                Some(header) if header.block == cursor => {}
+                Some(_) => return Ok((None, Harvest::default())),
+                None => return Err(Trouble::Disagreement(format!("no header of block {}", cursor.number))),
             }
         }
         let end = whole(range, end)?;
@@ -194,7 +197,15 @@ impl<C: Chain> Scanner<C> {
         }
         self.suspected = None;
         let watched = self.store.registry().watched();
+        let everyone = self.limits.topics_only(watched.len() + 1);
         let harvest = match self.harvest_linked(&headers, &watched).await {
+            Err(Trouble::Refused {
+                refused: Refused::FewerAddresses(_) | Refused::Halve(_) | Refused::Unknown(_),
+                ..
+            }) if everyone => {
+                self.limits.refuse_topics_only();
+                return Ok(Step::Progress);
+            }
             Err(Trouble::Refused { refused, .. }) => {
                 return Err(Trouble::Refused { refused, blocks: range.blocks() });
             }
@@ -239,7 +250,7 @@ impl<C: Chain> Scanner<C> {
         watched: &Arc<Vec<Address>>,
     ) -> Result<Harvest, Trouble> {
         // By hash one call without addresses covers any number of escrows; the registry picks out theirs.
-        let everyone = watched.len() + 1 > self.limits.addresses();
+        let everyone = self.limits.topics_only(watched.len() + 1);
         let calls =
             |addresses: &[Address], factory: Option<Address>, topics: &Arc<[B256]>, header: &Header| {
                 let span = Span::Block(header.block.hash);

@@ -332,6 +332,39 @@ async fn refusals_change_the_plan_and_nothing_is_skipped() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_provider_that_wants_addresses_gets_chunks_of_them() {
+    let chain = Fake::new(Some(64));
+    chain.extend(&[1, 2, 3, 4, 5], &[]);
+    let store = open_store();
+    let mut scanner = scanner(&chain, &store, &[("rpc.max_addresses", "2")], Until::Forever);
+    settle(&mut scanner).await;
+    chain.extend(&[], &[1, 5]);
+    scanner.poll(store.next_block()).await.unwrap();
+    chain.refusals.lock().unwrap().push_back(Refused::FewerAddresses("name some".into()));
+    settle(&mut scanner).await;
+    assert_eq!(entries(&store).len(), 7);
+    assert_eq!(chain.asked().last(), Some(&(1, 0)), "and then an idle poll");
+    assert!(chain.asked().contains(&(0, 3)), "the factory and five escrows, two at a time");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_tag_that_was_answered_once_is_waited_for_and_never_replaced_by_depth() {
+    let chain = Fake::new(Some(5));
+    (0..20).for_each(|_| chain.extend(&[], &[]));
+    let store = open_store();
+    let mut scanner = scanner(&chain, &store, &[("chain.horizon", "finalized")], Until::Forever);
+    settle(&mut scanner).await;
+    chain.extend(&[], &[]);
+    chain.refusals.lock().unwrap().extend(vec![Refused::UnknownTag("finalized".into()); 10]);
+    for _ in 0..10 {
+        assert!(matches!(scanner.step().await.unwrap(), Step::Wait(_)));
+    }
+    assert_eq!(store.cursor().unwrap().number, 15);
+    settle(&mut scanner).await;
+    assert_eq!(store.cursor().unwrap().number, 16);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_node_without_tags_counts_depth_and_waits_are_for_what_is_missing() {
     let chain = Fake::new(None);
     *chain.no_code.lock().unwrap() = true;

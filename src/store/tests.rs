@@ -235,6 +235,20 @@ fn a_fork_seen_by_nobody_leaves_no_trace() {
 }
 
 #[test]
+fn entries_dropped_at_the_end_of_the_log_leave_nothing_to_claim() {
+    let store = memory();
+    store.accept(&stretch(block(1, 0), &[1], &[])).unwrap();
+    store.accept(&stretch(block(2, 0), &[], &[1, 1])).unwrap();
+    assert_eq!(store.claim(1).unwrap().len(), 1);
+    store.retract(Some(block(1, 0))).unwrap();
+    assert!(!store.all_claimed());
+    assert_eq!(store.claim(1000).unwrap().len(), 0);
+    assert!(store.all_claimed());
+    store.acknowledge(vec![0]).unwrap();
+    assert_eq!((store.waiting(), store.watermark().unwrap()), (0, 3));
+}
+
+#[test]
 fn what_was_in_the_log_when_the_file_was_opened_may_have_been_sent_and_is_withdrawn_aloud() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("relayer.redb");

@@ -402,8 +402,11 @@ impl<S: Sink> Publisher<S> {
     fn suspect_outage(&mut self, id: LaneId, reason: &str) {
         let now = Instant::now();
         if let Some(outage) = &mut self.outage {
-            outage.attempts += 1;
-            outage.resume_at = now + lane::pause(outage.attempts);
+            // Runs under way together fail together: that is one step of the backoff, not one for each.
+            if outage.resume_at <= now {
+                outage.attempts += 1;
+                outage.resume_at = now + lane::pause(outage.attempts);
+            }
             return;
         }
         if self.failing.len() >= 2 || self.failing.len() == self.lanes.len() {

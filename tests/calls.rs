@@ -190,8 +190,11 @@ async fn two_thousand_final_blocks_of_a_hundred_escrows_are_one_request_for_logs
     let lines = world.setup.run(&["run", "--until", &last.to_string()]).await.good().lines();
     assert_eq!(lines.len(), 1);
     let requests = proxy.requests();
-    let asked: Vec<&Call> =
-        requests.iter().flat_map(|request| &request.calls).filter(|call| call.method == "eth_getLogs").collect();
+    let asked: Vec<&Call> = requests
+        .iter()
+        .flat_map(|request| &request.calls)
+        .filter(|call| call.method == "eth_getLogs")
+        .collect();
     assert_eq!(asked.len(), 1, "{asked:#?}");
     assert_eq!(asked[0].params[0]["fromBlock"], format!("{from:#x}"));
     assert_eq!(asked[0].params[0]["toBlock"], format!("{last:#x}"));

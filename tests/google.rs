@@ -163,7 +163,10 @@ async fn an_outage_that_hits_many_lanes_at_once_is_over_soon_after_the_server_is
     let back = Instant::now();
     google.wait_for_distinct(LANES * 3).await;
     let took = back.elapsed();
-    assert!(took < Duration::from_secs(5), "one failure of many lanes is one step of the backoff; took {took:?}");
+    assert!(
+        took < Duration::from_secs(5),
+        "one failure of many lanes is one step of the backoff; took {took:?}"
+    );
     relayer.ended().await.good();
     google.assert_arrived().await;
 }
@@ -309,7 +312,8 @@ async fn in_buckets_an_escrow_keeps_its_key_and_its_order() {
     let mut keys: BTreeMap<String, String> = BTreeMap::new();
     let mut lines: Vec<Line> = google.pubsub.messages().iter().map(Line::of).collect();
     for line in &mut lines {
-        let number: u32 = line.ordering_key.strip_prefix("escrow-").expect("escrow-<n>").parse().expect("a number");
+        let number: u32 =
+            line.ordering_key.strip_prefix("escrow-").expect("escrow-<n>").parse().expect("a number");
         assert!(number < 4);
         let escrow = line.attributes["escrow"].clone();
         let key = std::mem::replace(&mut line.ordering_key, escrow.clone());

@@ -33,14 +33,22 @@ async fn a_wrong_value_is_named_with_its_variable_and_what_would_be_right() {
         ("CHAIN_ID", "", &["chain.id", "CHAIN_ID", "missing"]),
         ("START_BLOCK", "-5", &["chain.start_block", "-5", "START_BLOCK", "negative"]),
         ("START_BLOCK", "", &["chain.start_block", "START_BLOCK"]),
-        ("POLL_INTERVAL_SECONDS", "soon", &["chain.poll_interval", "soon", "POLL_INTERVAL_SECONDS", "seconds"]),
+        (
+            "POLL_INTERVAL_SECONDS",
+            "soon",
+            &["chain.poll_interval", "soon", "POLL_INTERVAL_SECONDS", "seconds"],
+        ),
         ("RELAYER_CHAIN__COLOUR", "blue", &["chain.colour", "RELAYER_CHAIN__COLOUR", "unknown key"]),
         (
             "RELAYER_CHAIN__CONFIRMATION",
             "5",
             &["chain.confirmation", "unknown key", "did you mean RELAYER_CHAIN__CONFIRMATIONS?"],
         ),
-        ("RELAYER_ESCROW__EVENTS", "Approved(adress indexed approver)", &["escrow.events", "Approved(adress", "type"]),
+        (
+            "RELAYER_ESCROW__EVENTS",
+            "Approved(adress indexed approver)",
+            &["escrow.events", "Approved(adress", "type"],
+        ),
         ("RELAYER_ESCROW__EVENTS", "Approved indexed", &["escrow.events", "signature"]),
         ("RELAYER_FACTORY__CHILD", "vault", &["factory.child", "vault", "EscrowDeployed"]),
         ("RELAYER_SINK__KIND", "kafka", &["sink.kind", "kafka", "pubsub", "stdout", "file"]),
@@ -119,7 +127,10 @@ async fn a_store_made_for_something_else_is_refused_and_both_are_named() {
         ),
         (
             &[
-                ("RELAYER_ESCROW__EVENTS", "Approved(address indexed approver), Disputed(address indexed by)"),
+                (
+                    "RELAYER_ESCROW__EVENTS",
+                    "Approved(address indexed approver), Disputed(address indexed by)",
+                ),
                 ("RELAYER_ESCROW__TERMINAL", "Approved"),
             ],
             &["signatures", "EscrowRefunded", "Disputed(address indexed by)"],
@@ -297,13 +308,13 @@ async fn check_finds_everything_in_order_and_leaves_no_trace() {
     let world = World::new().await;
     let pubsub = PubSub::start().await;
     pubsub.create_topic("projects/test-project/topics/settlement.events.v1");
-    let setup = world
-        .setup
-        .with("PUBSUB_PROJECT_ID", "test-project")
-        .with("PUBSUB_EMULATOR_HOST", pubsub.endpoint());
+    let setup =
+        world.setup.with("PUBSUB_PROJECT_ID", "test-project").with("PUBSUB_EMULATOR_HOST", pubsub.endpoint());
     let ended = setup.run(&["check"]).await.good();
     assert!(ended.stdout.iter().all(|line| line.starts_with("ok  ")), "{:#?}", ended.stdout);
-    for item in ["events", "chain id", "head", "finalized", "factory", "range", "addresses", "storage", "sink"] {
+    for item in
+        ["events", "chain id", "head", "finalized", "factory", "range", "addresses", "storage", "sink"]
+    {
         assert!(ended.stdout.iter().any(|line| line.contains(item)), "no {item} in {:#?}", ended.stdout);
     }
     assert!(pubsub.messages().is_empty(), "nothing is sent");

@@ -34,7 +34,11 @@ async fn an_escrow_created_approved_and_released_in_one_transaction_is_relayed_w
 async fn what_an_escrows_constructor_emits_follows_its_announcement() {
     let world = World::new().await;
     let (escrow, receipt) = world.factory.create_by("createApprovedInConstructor").await;
-    assert_eq!(receipt.logs.last().expect("logs").address, world.factory.address, "on the chain it comes last");
+    assert_eq!(
+        receipt.logs.last().expect("logs").address,
+        world.factory.address,
+        "on the chain it comes last"
+    );
     let lines = relayed(&world).await;
     assert_eq!(names_of(&lines, escrow.address), ["EscrowDeployed", "Approved"]);
 }
@@ -124,7 +128,8 @@ async fn fifty_events_of_one_escrow_in_one_transaction_are_numbered_in_chain_ord
     world.factory.send("approveMany", &[escrow.address.into(), 50u64.into()]).await;
     let lines = relayed(&world).await;
     assert_eq!(lines.iter().map(Line::sequence).collect::<Vec<_>>(), Vec::from_iter(1..=51));
-    let approvers = lines[1..].iter().map(|line| line.data["approver"].as_str().expect("an address").to_owned());
+    let approvers =
+        lines[1..].iter().map(|line| line.data["approver"].as_str().expect("an address").to_owned());
     let expected = (1..=50u64).map(|number| format!("{number:#042x}"));
     assert_eq!(approvers.collect::<Vec<_>>(), expected.collect::<Vec<_>>());
 }
@@ -147,9 +152,17 @@ async fn everything_at_once_is_relayed_exactly_by_range_and_by_link_in_any_porti
 
     let read_otherwise: [&[(&str, &str)]; 5] = [
         &[("RELAYER_RPC__MAX_RANGE", "7"), ("RELAYER_RPC__MAX_ADDRESSES", "3")],
-        &[("RELAYER_RPC__MAX_RANGE", "1"), ("RELAYER_RPC__MAX_ADDRESSES", "1"), ("RELAYER_RPC__MAX_BATCH", "2")],
+        &[
+            ("RELAYER_RPC__MAX_RANGE", "1"),
+            ("RELAYER_RPC__MAX_ADDRESSES", "1"),
+            ("RELAYER_RPC__MAX_BATCH", "2"),
+        ],
         &[("RELAYER_CHAIN__READING", "ranged")],
-        &[("RELAYER_CHAIN__READING", "ranged"), ("RELAYER_RPC__MAX_RANGE", "7"), ("RELAYER_RPC__MAX_ADDRESSES", "3")],
+        &[
+            ("RELAYER_CHAIN__READING", "ranged"),
+            ("RELAYER_RPC__MAX_RANGE", "7"),
+            ("RELAYER_RPC__MAX_ADDRESSES", "3"),
+        ],
         &[("RPC_URL", &world.anvil.ws_url())],
     ];
     for variables in read_otherwise {
@@ -282,7 +295,8 @@ async fn a_file_gets_what_stdout_gets_and_is_continued() {
     everything(&world).await;
     let printed = world.setup.run_to_head().await;
 
-    let setup = world.setup.anew().with("RELAYER_SINK__KIND", "file").with("RELAYER_SINK__PATH", "events.jsonl");
+    let setup =
+        world.setup.anew().with("RELAYER_SINK__KIND", "file").with("RELAYER_SINK__PATH", "events.jsonl");
     let written = |setup: &Setup| {
         Line::all(&std::fs::read_to_string(setup.path("events.jsonl")).expect("the file is there"))
     };

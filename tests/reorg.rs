@@ -70,7 +70,8 @@ async fn events_of_lost_blocks_are_retracted_newest_first_and_relayed_anew_where
     assert_eq!(plain[4], retraction(&without_epoch(&before)[1], 5));
     for line in &lines[3..5] {
         assert_eq!(line.attributes["epoch"], lines[0].attributes["epoch"]);
-        let top = line.data.as_object().expect("an object").iter().filter(|(name, _)| *name != "retracted_event");
+        let top =
+            line.data.as_object().expect("an object").iter().filter(|(name, _)| *name != "retracted_event");
         let said: Vec<String> = top
             .map(|(_, value)| value.to_string())
             .chain(line.attributes.values().map(|value| format!("{value:?}")))
@@ -138,7 +139,8 @@ async fn an_escrow_announced_only_on_the_lost_fork_is_no_longer_watched() {
     forked.world.factory.send("announce", &[lost.address.into()]).await;
     lost.send("release", &[]).await;
     let lines = forked.relayer.wait_for_lines(8).await;
-    let sequences: Vec<u64> = by_key(&lines)[&format!("{:#x}", lost.address)].iter().map(Line::sequence).collect();
+    let sequences: Vec<u64> =
+        by_key(&lines)[&format!("{:#x}", lost.address)].iter().map(Line::sequence).collect();
     assert_eq!(sequences, Vec::from_iter(1..=6));
     forked.finish().await;
 }
@@ -213,7 +215,8 @@ async fn a_fork_that_came_while_it_was_stopped_is_noticed_at_the_next_start() {
     world.chain.reorg(2).await;
     escrow.send("release", &[]).await;
     lines.extend(world.setup.run_to_head().await);
-    let expected = ["EscrowDeployed", "Approved", "EscrowRefunded", "Retracted", "Retracted", "EscrowReleased"];
+    let expected =
+        ["EscrowDeployed", "Approved", "EscrowRefunded", "Retracted", "Retracted", "EscrowReleased"];
     assert_eq!(names_of(&lines, escrow.address), expected);
     world.truth().await.assert_is_net(&lines);
 }
@@ -228,7 +231,8 @@ async fn a_fork_below_finality_halts_changes_nothing_and_names_the_way_out() {
     world.chain.reorg(100).await; // finality is 64 blocks deep
     for _ in 0..2 {
         let ended = world.setup.run(&["run"]).await;
-        let ended = ended.failed_with(1, &["forked below block", "nothing was changed", "RPC provider", "store"]);
+        let ended =
+            ended.failed_with(1, &["forked below block", "nothing was changed", "RPC provider", "store"]);
         assert!(ended.stdout.is_empty());
     }
 }

@@ -129,7 +129,10 @@ impl Setup {
                 value => environment.insert((*name).to_owned(), value.to_owned()),
             };
         }
-        let binary = option_env!("CARGO_BIN_EXE_relayer").expect("cargo names the binary to integration tests");
+        // Not `env!`: the demo compiles this, too, and cargo names the binary to integration tests only.
+        let Some(binary) = option_env!("CARGO_BIN_EXE_relayer") else {
+            panic!("only integration tests know where the relayer is");
+        };
         let mut child = Command::new(binary)
             .args(args)
             .env_clear()
@@ -403,7 +406,8 @@ impl Line {
             attributes: BTreeMap<String, String>,
             data: UniqueNames,
         }
-        let raw: Raw = serde_json::from_str(text).unwrap_or_else(|error| panic!("{error} in the line {text}"));
+        let raw: Raw =
+            serde_json::from_str(text).unwrap_or_else(|error| panic!("{error} in the line {text}"));
         Line { ordering_key: raw.ordering_key, attributes: raw.attributes, data: Value::Object(raw.data.0) }
     }
 

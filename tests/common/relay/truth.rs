@@ -1,13 +1,13 @@
 //! What must be published, made from raw `eth_getLogs` and the message contract. Nothing here comes from `src/`, and
 //! the decoding is by hand: every argument of every known event is one word.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, btree_map::Entry};
 
 use alloy::primitives::{Address, B256, U256, keccak256};
 use serde_json::{Value, json};
 
-use super::{Line, by_key};
 use super::super::{Chain, Log};
+use super::{Line, by_key};
 
 /// The message contract's table: name and arguments (type, name, indexed), by who may emit it.
 type Known = (&'static str, &'static [(&'static str, &'static str, bool)]);
@@ -92,21 +92,34 @@ impl Truth {
         for log in &logs {
             let from = announced.get(&log.address).copied();
             let announcement = decode(ANNOUNCEMENTS, log).filter(|_| log.address == factory);
-            let lifecycle = decode(LIFECYCLE, log).filter(|_| from.is_some_and(|from| from <= log.block_number));
+            let lifecycle =
+                decode(LIFECYCLE, log).filter(|_| from.is_some_and(|from| from <= log.block_number));
             if let Some((name, arguments)) = announcement {
                 let escrow = arguments["escrow"].as_str().expect("an address").to_owned();
-                events.push(((log.block_number, log.transaction_index, 0, log.log_index), log, escrow, name, arguments));
+                events.push((
+                    (log.block_number, log.transaction_index, 0, log.log_index),
+                    log,
+                    escrow,
+                    name,
+                    arguments,
+                ));
             } else if let Some((name, arguments)) = lifecycle {
                 let escrow = lower(log.address);
-                events.push(((log.block_number, log.transaction_index, 1, log.log_index), log, escrow, name, arguments));
+                events.push((
+                    (log.block_number, log.transaction_index, 1, log.log_index),
+                    log,
+                    escrow,
+                    name,
+                    arguments,
+                ));
             }
         }
         events.sort_by_key(|(order, ..)| *order);
         let mut times = BTreeMap::new();
         let mut escrows: BTreeMap<String, Vec<Line>> = BTreeMap::new();
         for (_, log, escrow, name, arguments) in events {
-            if !times.contains_key(&log.block_number) {
-                times.insert(log.block_number, chain.block(log.block_number).await.timestamp);
+            if let Entry::Vacant(unknown) = times.entry(log.block_number) {
+                unknown.insert(chain.block(log.block_number).await.timestamp);
             }
             let lane = escrows.entry(escrow.clone()).or_default();
             let sequence = lane.len() as u64 + 1;
@@ -151,7 +164,8 @@ impl Truth {
                     left.push(line);
                     continue;
                 }
-                let last = left.pop().unwrap_or_else(|| panic!("{key}: nothing is left to retract: {line:?}"));
+                let last =
+                    left.pop().unwrap_or_else(|| panic!("{key}: nothing is left to retract: {line:?}"));
                 assert_eq!(line.data["retracts"], last.data["event_id"], "newest first");
                 assert_eq!(line, retraction(&last, line.sequence()));
             }
@@ -252,7 +266,8 @@ fn message(
 
 /// `None`: not one of these events, or malformed.
 fn decode(known: &[Known], log: &Log) -> Option<(&'static str, serde_json::Map<String, Value>)> {
-    let indexed = |arguments: &[(&str, &str, bool)]| arguments.iter().filter(|(.., indexed)| *indexed).count();
+    let indexed =
+        |arguments: &[(&str, &str, bool)]| arguments.iter().filter(|(.., indexed)| *indexed).count();
     let (name, arguments) = known.iter().find(|event| {
         log.topics.first() == Some(&topic(event)) && log.topics.len() == indexed(event.1) + 1
     })?;

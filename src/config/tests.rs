@@ -193,6 +193,7 @@ fn every_key_can_be_set_by_its_variable() {
         ("rpc.max_batch", "6"),
         ("rpc.timeout", "7s"),
         ("storage.path", "/data/store.redb"),
+        ("ledger.max_waiting", "11"),
         ("sink.kind", "file"),
         ("sink.path", "events.jsonl"),
         ("sink.project", "p"),

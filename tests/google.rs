@@ -3,8 +3,8 @@
 
 mod common;
 
-use std::collections::BTreeMap;
-use std::time::Duration;
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
 
 use common::pubsub::{Code, Message};
 use common::relay::truth::without_epoch;
@@ -35,6 +35,15 @@ impl Google {
             self.world.factory.send("approveMany", &[escrow.address.into(), approvals.into()]).await;
         }
         escrows
+    }
+
+    /// Waits until `n` messages have arrived, repeats not counted.
+    async fn wait_for_distinct(&self, n: usize) {
+        let distinct = |messages: &[Message]| {
+            let ids: BTreeSet<&str> = messages.iter().map(|message| message.attribute("event_id")).collect();
+            ids.len() >= n
+        };
+        self.pubsub.wait_until(&format!("{n} different messages"), distinct).await;
     }
 
     /// Panics unless everything on the chain has arrived, first occurrences in order, and repeats as promised.
@@ -133,10 +142,32 @@ async fn an_outage_in_the_middle_loses_nothing_and_is_said_once() {
     relayer.wait_logged("Pub/Sub is unavailable").await;
     google.pubsub.bring_up().await;
     let all = google.world.truth().await.len();
-    google.pubsub.wait_for(all).await;
+    google.wait_for_distinct(all).await;
     relayer.wait_logged("Pub/Sub answers again").await;
     let finished = relayer.stop().await;
     assert_eq!(finished.logged("Pub/Sub is unavailable").len(), 1, "{}", finished.stderr);
+    google.assert_arrived().await;
+}
+
+#[tokio::test]
+async fn an_outage_that_hits_many_lanes_at_once_is_over_soon_after_the_server_is_back() {
+    const LANES: usize = 30;
+    let google = Google::new().await;
+    google.escrows(LANES as u64, 2).await;
+    google.pubsub.on_publish(|_| Answer::Delay(Duration::from_secs(30)));
+    let relayer = google.world.setup.start(&["run", "--until", "head"]);
+    google.pubsub.wait_for_requests(LANES).await;
+    google.pubsub.take_down().await;
+    google.pubsub.heal();
+    google.pubsub.bring_up().await;
+    let back = Instant::now();
+    google.wait_for_distinct(LANES * 3).await;
+    let took = back.elapsed();
+    assert!(
+        took < Duration::from_secs(5),
+        "one failure of many lanes is one step of the backoff; took {took:?}"
+    );
+    relayer.ended().await.good();
     google.assert_arrived().await;
 }
 

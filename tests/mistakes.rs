@@ -13,6 +13,11 @@ use common::{Anvil, Chain, PubSub, Setup, World};
 /// Nobody listens there, and nobody needs to: these mistakes are noticed before anybody is called.
 const NOBODY: &str = "http://127.0.0.1:1";
 
+/// Variables on top of a set-up's own; an empty value takes one away.
+type Variables<'a> = &'a [(&'a str, &'a str)];
+/// Texts that must be said.
+type Said<'a> = &'a [&'a str];
+
 const MISTAKE: i32 = 2;
 const FAULT: i32 = 1;
 
@@ -23,7 +28,7 @@ fn setup() -> Setup {
 #[tokio::test]
 async fn a_wrong_value_is_named_with_its_variable_and_what_would_be_right() {
     // Variable, value (none: taken away), what must be said.
-    let table: [(&str, &str, &[&str]); 17] = [
+    let table: [(&str, &str, Said); 17] = [
         ("CONTRACT_ADDRESS", "0x1234", &["factory.address", "0x1234", "CONTRACT_ADDRESS", "40 hex digits"]),
         ("CONTRACT_ADDRESS", "0x311E63dfcEfe7f2c202715ef0DF01CDA82f58915", &["factory.address", "checksum"]),
         ("CONTRACT_ADDRESS", "", &["factory.address", "CONTRACT_ADDRESS", "missing"]),
@@ -114,7 +119,7 @@ async fn a_store_made_for_something_else_is_refused_and_both_are_named() {
     world.setup.run_to_head().await;
     let factory = format!("{:#x}", world.factory.address);
     let other = format!("{:#x}", Address::repeat_byte(7));
-    let table: [(&[(&str, &str)], &[&str]); 6] = [
+    let table: [(Variables, Said); 6] = [
         (&[("CHAIN_ID", "11155111")], &["chain.id", "31337", "11155111"]),
         (&[("CONTRACT_ADDRESS", &other)], &["factory.address", &factory, &other]),
         (
@@ -220,7 +225,7 @@ async fn no_secret_is_told_by_any_command_or_mistake() {
     let (good, bad) = (secret(&proxy.url()), secret(NOBODY));
     let twice = format!("{bad},{bad}");
     let misspelt = secret("htp://127.0.0.1");
-    let wrong: [(&[&str], &[(&str, &str)]); 9] = [
+    let wrong: [(&[&str], Variables); 9] = [
         (&["config"], &[("RPC_URL", &good)]),
         (&["check"], &[("RPC_URL", &good)]),
         (&["check"], &[("RPC_URL", &bad)]),
@@ -327,7 +332,7 @@ async fn check_fails_with_a_line_for_each_thing_that_would_not_work() {
     let world = World::new().await;
     let pubsub = PubSub::start().await;
     let (nowhere, emulator) = (format!("{:#x}", Address::repeat_byte(9)), pubsub.endpoint());
-    let table: [(&[(&str, &str)], &[&str]); 8] = [
+    let table: [(Variables, Said); 8] = [
         (&[("CONTRACT_ADDRESS", &nowhere)], &["factory", &nowhere, "no code"]),
         (&[("CHAIN_ID", "5")], &["chain id", "31337", "5"]),
         (&[("RPC_URL", NOBODY)], &["rpc http://127.0.0.1:1", "answers"]),

@@ -3,7 +3,6 @@
 
 mod common;
 
-use alloy::primitives::Address;
 use common::relay::proxy::{Proxy, Request};
 use common::relay::truth::{retraction, without_epoch};
 use common::relay::{by_key, names_of};
@@ -257,8 +256,9 @@ async fn many_forks(reading: &str) {
         let world = &forked.world;
         let mut sent = vec![];
         for (number, escrow) in escrows.iter().enumerate() {
-            let approver = Address::left_padding_from(&(round * 100 + number as u64).to_be_bytes());
-            sent.push(escrow.send("approveAs", &[approver.into()]).await.transaction_hash);
+            let approvals = 1 + (round + number as u64) % 3;
+            let args = [escrow.address.into(), approvals.into()];
+            sent.push(world.factory.send("approveMany", &args).await.transaction_hash);
         }
         sent.push(world.factory.send("createMany", &[2u64.into()]).await.transaction_hash);
         let head = world.chain.block_number().await;

@@ -129,9 +129,9 @@ impl Setup {
                 value => environment.insert((*name).to_owned(), value.to_owned()),
             };
         }
-        // Examples share this module, and to them cargo does not name the binary.
+        // Not `env!`: the demo compiles this, too, and cargo names the binary to integration tests only.
         let Some(binary) = option_env!("CARGO_BIN_EXE_relayer") else {
-            panic!("cargo names the binary to integration tests only");
+            panic!("only integration tests know where the relayer is");
         };
         let mut child = Command::new(binary)
             .args(args)
@@ -149,7 +149,8 @@ impl Setup {
             output.clone().follow(child.stdout.take().expect("piped"), |texts| &mut texts.out),
             output.clone().follow(child.stderr.take().expect("piped"), |texts| &mut texts.err),
         ];
-        Running { child, output, readers, _folder: self.folder.clone() }
+        let told = TellOnPanic(output.clone());
+        Running { child, output, readers, _told: told, _folder: self.folder.clone() }
     }
 
     /// Runs `relayer ARGS` to its end.
@@ -207,6 +208,7 @@ pub struct Running {
     child: Child,
     output: Arc<Output>,
     readers: [JoinHandle<()>; 2],
+    _told: TellOnPanic,
     /// It lives in there, also when its set-up is gone.
     _folder: Arc<TempDir>,
 }
@@ -284,11 +286,7 @@ impl Running {
                 () = tokio::time::sleep_until(deadline) => format!("{PATIENCE:?} passed"),
             };
             let texts = self.output.texts();
-            panic!(
-                "no {wanted}: {why}; {} lines printed; stderr:\n{}",
-                texts.out.len(),
-                texts.err.join("\n")
-            );
+            panic!("no {wanted}: {why}; {} lines printed", texts.out.len());
         }
     }
 
@@ -324,13 +322,24 @@ impl Running {
     pub async fn ended(mut self) -> Finished {
         let status = match tokio::time::timeout(PATIENCE, self.child.wait()).await {
             Ok(status) => status.expect("it can be waited for"),
-            Err(_) => panic!("the relayer does not end; stderr:\n{}", self.stderr()),
+            Err(_) => panic!("the relayer does not end"),
         };
         for reader in self.readers {
             reader.await.expect("reading does not panic");
         }
         let Texts { out, err } = self.output.texts();
         Finished { code: status.code(), stdout: out, stderr: err.join("\n") }
+    }
+}
+
+/// A test that fails while it runs wants to know what it said.
+struct TellOnPanic(Arc<Output>);
+
+impl Drop for TellOnPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("the relayer said:\n{}", self.0.texts().err.join("\n"));
+        }
     }
 }
 

@@ -1,8 +1,7 @@
 //! What must be published, made from raw `eth_getLogs` and the message contract. Nothing here comes from `src/`, and
 //! the decoding is by hand: every argument of every known event is one word.
 
-use std::collections::BTreeMap;
-use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, btree_map::Entry};
 
 use alloy::primitives::{Address, B256, U256, keccak256};
 use serde_json::{Value, json};
@@ -119,8 +118,8 @@ impl Truth {
         let mut times = BTreeMap::new();
         let mut escrows: BTreeMap<String, Vec<Line>> = BTreeMap::new();
         for (_, log, escrow, name, arguments) in events {
-            if let Entry::Vacant(vacant) = times.entry(log.block_number) {
-                vacant.insert(chain.block(log.block_number).await.timestamp);
+            if let Entry::Vacant(unknown) = times.entry(log.block_number) {
+                unknown.insert(chain.block(log.block_number).await.timestamp);
             }
             let lane = escrows.entry(escrow.clone()).or_default();
             let sequence = lane.len() as u64 + 1;

@@ -30,7 +30,7 @@ use tracing::{error, info, warn};
 
 use crate::config;
 use crate::store::{Claimed, Entry, Store, StoreError};
-use lane::{Lane, LaneId};
+use lane::{Lane, LaneId, Recovered};
 
 /// Messages of a lane handed over at once, at most: what one Pub/Sub request takes.
 const RUN_MESSAGES: usize = 1000;
@@ -374,8 +374,13 @@ impl<S: Sink> Publisher<S> {
         self.held -= done.len();
         self.acknowledged.extend(done);
         if receipt.acknowledged > 0 {
-            if lane.succeeded() {
-                info!(lane = %id, "Lane unblocked: its message was taken");
+            match lane.succeeded() {
+                Some(Recovered::Unblocked) => info!(lane = %id, "Lane unblocked: its message was taken"),
+                // The end of an outage is said once for all.
+                Some(Recovered::Reached) if self.outage.is_none() => {
+                    info!(lane = %id, "The lane is published again")
+                }
+                Some(Recovered::Reached) | None => {}
             }
             self.failing.clear();
             self.end_outage();

@@ -78,6 +78,15 @@ fn fraction() -> f64 {
     (RandomState::new().hash_one(0) >> 11) as f64 / (1u64 << 53) as f64
 }
 
+/// The end of a lane's trouble.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Recovered {
+    /// Its message had been refused.
+    Unblocked,
+    /// The sink had been unavailable to it.
+    Reached,
+}
+
 /// The messages of a lane from the first unacknowledged on.
 #[derive(Debug, Default)]
 pub(super) struct Lane {
@@ -176,11 +185,14 @@ impl Lane {
         self.queue.drain(..acknowledged).map(|(position, _)| position).collect()
     }
 
-    /// `true` if the lane had been blocked.
-    pub fn succeeded(&mut self) -> bool {
-        self.attempts = 0;
+    /// What trouble is over, if there was any.
+    pub fn succeeded(&mut self) -> Option<Recovered> {
+        let failed = std::mem::take(&mut self.attempts) > 0;
         self.run_limit = self.run_limit.map(|limit| limit * 2).filter(|limit| *limit < super::RUN_MESSAGES);
-        self.blocked.take().is_some()
+        match self.blocked.take() {
+            Some(_) => Some(Recovered::Unblocked),
+            None => failed.then_some(Recovered::Reached),
+        }
     }
 
     /// What the last run handed over for the first time was refused, so it is not outstanding; how much that was.

@@ -76,9 +76,7 @@ impl GooglePubSub {
         }
         current.publisher.clone()
     }
-}
 
-impl GooglePubSub {
     /// The library's publisher has ended: the next run gets a new one.
     fn renew(&self) {
         let mut current = self.current.lock().expect("no code that panics runs under this lock");

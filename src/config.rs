@@ -239,7 +239,7 @@ impl Sources {
             let name = name.into_string().ok()?;
             let ours = layers::is_named_variable(&name)
                 || CLOUD_RUN.contains(&name.as_str())
-                || KEYS.iter().any(|key| key.plan.as_ref().is_some_and(|plan| plan.variable == name));
+                || KEYS.iter().any(|key| key.plain.as_ref().is_some_and(|plain| plain.variable == name));
             ours.then(|| (name, value.to_string_lossy().into_owned()))
         });
         Sources { file, overrides, environment: environment.collect(), directory: PathBuf::new() }
@@ -442,7 +442,7 @@ fn sink_kind(reader: &mut Reader, sources: &Sources) -> Option<SinkKind> {
                 project: project?,
                 topic: topic?,
                 endpoint,
-                emulator: reader.is_from_plan(&keys::SINK_ENDPOINT.key),
+                emulator: reader.is_from_plain(&keys::SINK_ENDPOINT.key),
             })
         }
     }
@@ -486,8 +486,8 @@ impl Reader<'_> {
         if !self.layers.complete {
             return;
         }
-        let plan = match &key.plan {
-            Some(plan) => format!("{} or ", plan.variable),
+        let plain = match &key.plain {
+            Some(plain) => format!("{} or ", plain.variable),
             None => String::new(),
         };
         self.problems.push(Problem {
@@ -495,7 +495,7 @@ impl Reader<'_> {
             value: None,
             origin: None,
             reason: format!(
-                "missing; {why}: set it in relayer.toml, or set {plan}{}: {}",
+                "missing; {why}: set it in relayer.toml, or set {plain}{}: {}",
                 key.variable(),
                 key.about
             ),
@@ -517,10 +517,10 @@ impl Reader<'_> {
         }
     }
 
-    fn is_from_plan(&self, key: &Key) -> bool {
+    fn is_from_plain(&self, key: &Key) -> bool {
         let origin = self.layers.given(key).map(|given| given.origin);
-        match (origin, &key.plan) {
-            (Some(Origin::Variable(name)), Some(plan)) => name == plan.variable,
+        match (origin, &key.plain) {
+            (Some(Origin::Variable(name)), Some(plain)) => name == plain.variable,
             _ => false,
         }
     }

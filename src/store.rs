@@ -11,7 +11,11 @@
 //!    this process and did not exist when the file was opened.
 //! 5. A commit whose outcome is unknown (I/O error) is a fault of the process: restart reads what is true.
 
+mod fork;
+mod lanes;
+mod opening;
 mod registry;
+mod runs;
 mod schema;
 #[cfg(test)]
 mod tests;
@@ -21,12 +25,10 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, RwLock, RwLockReadGuard};
-use std::time::{SystemTime, UNIX_EPOCH};
 
-use alloy::primitives::{Address, B256};
+use alloy::primitives::Address;
 use redb::{
-    Database, DatabaseError, ReadableDatabase, ReadableTable, ReadableTableMetadata, StorageBackend,
-    StorageError, Table, WriteTransaction,
+    Database, ReadableDatabase, ReadableTable, ReadableTableMetadata, StorageBackend, WriteTransaction,
 };
 use thiserror::Error;
 use tokio::sync::watch;
@@ -34,14 +36,15 @@ use tokio::sync::watch;
 pub use registry::Registry;
 pub use schema::{Entry, Escrow, EscrowState, Identity, Kind, Quarantined};
 
-use crate::event::{BlockRef, Event, Retraction, event_id};
+use crate::event::{BlockRef, Event};
+use fork::{Fate, doomed, forget_final, log_end, newest_final};
+use lanes::Lanes;
+use opening::{begin_life, builder, compare, open_error, read_life};
+use runs::acknowledge;
 use schema::{
-    ACKNOWLEDGED, BLOCKS, EVENT_LOG, IDENTITY, Life, MARKS, META, PROGRESS, Progress, QUARANTINE, REGISTRY,
-    Remembered, SCHEMA, WATERMARK, decode, encode,
+    ACKNOWLEDGED, BLOCKS, EVENT_LOG, MARKS, META, PROGRESS, Progress, QUARANTINE, REGISTRY, Remembered,
+    SCHEMA, WATERMARK, decode, encode,
 };
-
-/// Memory redb may use for pages, in bytes; its own default is 1 GiB.
-const CACHE_BYTES: usize = 64 << 20;
 
 /// What can go wrong with the store.
 #[derive(Debug, Error)]
@@ -486,111 +489,6 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().expect("a store operation panicked")
 }
 
-fn builder() -> redb::Builder {
-    let mut builder = Database::builder();
-    builder.set_cache_size(CACHE_BYTES);
-    builder
-}
-
-fn open_error(path: &Path, error: DatabaseError) -> StoreError {
-    let path = path.to_owned();
-    match error {
-        DatabaseError::DatabaseAlreadyOpen => StoreError::Locked { path },
-        DatabaseError::Storage(StorageError::Io(source)) => match source.kind() {
-            io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof => {
-                StoreError::Damaged { what: format!("{} is not a redb file ({source})", path.display()) }
-            }
-            io::ErrorKind::NotFound => {
-                let remedy = "its directory does not exist: create it, or mount the volume".to_owned();
-                StoreError::Unwritable { path, source, remedy }
-            }
-            _ => {
-                let remedy = "set storage.path to a file in a directory this user may write".to_owned();
-                StoreError::Unwritable { path, source, remedy }
-            }
-        },
-        other => StoreError::Damaged { what: format!("{}: {other}", path.display()) },
-    }
-}
-
-fn read_life(db: &Database) -> Result<Option<(Life, Progress)>, StoreError> {
-    let read = db.begin_read()?;
-    let meta = match read.open_table(META) {
-        Ok(meta) => meta,
-        Err(redb::TableError::TableDoesNotExist(_)) => {
-            return match read.list_tables()?.next() {
-                // Killed between making the file and its first commit: nothing was lost.
-                None => Ok(None),
-                Some(_) => Err(StoreError::Damaged { what: "it has tables, but not a relayer's".into() }),
-            };
-        }
-        Err(error) => return Err(StoreError::Damaged { what: error.to_string() }),
-    };
-    let life =
-        meta.get(IDENTITY)?.ok_or_else(|| StoreError::Damaged { what: "it has no identity".into() })?;
-    let progress =
-        meta.get(PROGRESS)?.ok_or_else(|| StoreError::Damaged { what: "it has no cursor".into() })?;
-    Ok(Some((decode("meta", life.value())?, decode("meta", progress.value())?)))
-}
-
-fn begin_life(
-    db: &Database,
-    path: &Path,
-    identity: &Identity,
-    start_block: Option<u64>,
-) -> Result<(Life, Progress), StoreError> {
-    let start_block = start_block.ok_or_else(|| StoreError::NoStartBlock { path: path.to_owned() })?;
-    let life = Life { schema: SCHEMA, epoch: now_micros(), identity: identity.clone() };
-    let progress = Progress { start_block, cursor: None, next_position: 0, finalized: None };
-    let transaction = db.begin_write()?;
-    {
-        transaction.open_table(META)?.insert(IDENTITY, encode(&life)?.as_slice())?;
-        transaction.open_table(MARKS)?.insert(WATERMARK, 0)?;
-        transaction.open_table(REGISTRY)?;
-        transaction.open_table(EVENT_LOG)?;
-        transaction.open_table(BLOCKS)?;
-        transaction.open_table(ACKNOWLEDGED)?;
-        transaction.open_table(QUARANTINE)?;
-        write_progress(&transaction, &progress)?;
-    }
-    transaction.commit()?;
-    Ok((life, progress))
-}
-
-fn now_micros() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_micros() as u64)
-}
-
-fn compare(path: &Path, stored: &Identity, asked: &Identity) -> Result<(), StoreError> {
-    let mut differences = Vec::new();
-    let mut differ = |what: &str, stored: String, asked: String| {
-        if stored != asked {
-            differences.push(format!("  {what}: the store has {stored}, the configuration {asked}"));
-        }
-    };
-    differ("chain.id", stored.chain_id.to_string(), asked.chain_id.to_string());
-    differ("factory.address", format!("{:#x}", stored.factory), format!("{:#x}", asked.factory));
-    differ("sink", stored.sink.clone(), asked.sink.clone());
-    differ("sink.ordering", stored.ordering.clone(), asked.ordering.clone());
-    for lost in stored.signatures.iter().filter(|signature| !asked.signatures.contains(signature)) {
-        differences.push(format!("  signatures: the store has `{lost}`, the configuration has not"));
-    }
-    for added in asked.signatures.iter().filter(|signature| !stored.signatures.contains(signature)) {
-        differences.push(format!(
-            "  signatures: the configuration has `{added}`, the store has not: its history was never read"
-        ));
-    }
-    if differences.is_empty() {
-        return Ok(());
-    }
-    Err(StoreError::OtherIdentity {
-        path: path.to_owned(),
-        differences: differences.join("\n"),
-        remedy: "Use the configuration this store was made with, or set storage.path to a new file: it will be read \
-                 from chain.start_block and published whole.",
-    })
-}
-
 fn write_progress(transaction: &WriteTransaction, progress: &Progress) -> Result<(), StoreError> {
     transaction.open_table(META)?.insert(PROGRESS, encode(progress)?.as_slice())?;
     Ok(())
@@ -602,249 +500,4 @@ fn quarantine(transaction: &WriteTransaction, logs: &[Quarantined]) -> Result<()
         table.insert((log.block.0, log.log_index), encode(log)?.as_slice())?;
     }
     Ok(())
-}
-
-/// Keeps the hashes of unfinal blocks, and of the newest final one: every fork begins at or after it.
-fn forget_final(
-    blocks: &mut Table<'_, u64, &'static [u8]>,
-    finalized: Option<u64>,
-) -> Result<(), StoreError> {
-    if let Some(newest) = newest_final(blocks, finalized)? {
-        blocks.retain_in(..newest, |_, _| false)?;
-    }
-    Ok(())
-}
-
-/// The newest remembered block that cannot leave the chain.
-fn newest_final(
-    blocks: &Table<'_, u64, &'static [u8]>,
-    finalized: Option<u64>,
-) -> Result<Option<u64>, StoreError> {
-    let Some(finalized) = finalized else {
-        return Ok(None);
-    };
-    let newest = blocks.range(..=finalized)?.next_back().transpose()?;
-    Ok(newest.map(|(number, _)| number.value()))
-}
-
-/// Entries of blocks after `ancestor` stand at or after this position.
-fn log_end(blocks: &Table<'_, u64, &'static [u8]>, ancestor: Option<BlockRef>) -> Result<u64, StoreError> {
-    let Some(ancestor) = ancestor else {
-        return Ok(0);
-    };
-    let row = blocks.get(ancestor.number)?;
-    let remembered: Option<Remembered> = row.map(|row| decode("blocks", row.value())).transpose()?;
-    let remembered = remembered.filter(|remembered| remembered.hash == ancestor.hash);
-    Ok(remembered.expect("an ancestor is one of the remembered blocks").log_end)
-}
-
-#[derive(Debug, PartialEq, Eq)]
-enum Fate {
-    Retract,
-    Drop,
-}
-
-/// The events of blocks from `above` on that are still standing, newest first, and what becomes of each.
-fn doomed(
-    log: &Table<'_, u64, &'static [u8]>,
-    log_end: u64,
-    above: u64,
-    seen_below: u64,
-) -> Result<Vec<(u64, Entry, Fate)>, StoreError> {
-    let mut doomed = Vec::new();
-    let mut retracted = HashSet::new();
-    // Lanes with an entry that stays: what lies before it keeps its number, so it cannot be dropped.
-    let mut kept = HashSet::new();
-    for row in log.range(log_end..)?.rev() {
-        let (position, value) = row?;
-        let position = position.value();
-        let entry: Entry = decode("event_log", value.value())?;
-        match entry.kind {
-            Kind::Retraction { of } => {
-                retracted.insert(of);
-                kept.insert(entry.escrow);
-            }
-            Kind::Event if entry.block_number < above || retracted.contains(&position) => {
-                kept.insert(entry.escrow);
-            }
-            Kind::Event if position >= seen_below && !kept.contains(&entry.escrow) => {
-                doomed.push((position, entry, Fate::Drop));
-            }
-            Kind::Event => {
-                kept.insert(entry.escrow);
-                doomed.push((position, entry, Fate::Retract));
-            }
-        }
-    }
-    Ok(doomed)
-}
-
-/// Adds positions to the acknowledged runs and moves the watermark over the run that reaches it.
-fn acknowledge(transaction: &WriteTransaction, positions: &mut [u64]) -> Result<(), StoreError> {
-    positions.sort_unstable();
-    let mut runs = transaction.open_table(ACKNOWLEDGED)?;
-    let mut marks = transaction.open_table(MARKS)?;
-    let mut rest = &positions[..];
-    while let Some(&start) = rest.first() {
-        let length =
-            rest.iter().zip(start..).take_while(|(position, expected)| *position == expected).count();
-        add_run(&mut runs, start, start + length as u64)?;
-        rest = &rest[length..];
-    }
-    let watermark = marks.get(WATERMARK)?.map_or(0, |mark| mark.value());
-    let reached = runs.get(watermark)?.map(|end| end.value());
-    if let Some(end) = reached {
-        runs.remove(watermark)?;
-        marks.insert(WATERMARK, end)?;
-    }
-    Ok(())
-}
-
-/// Inserts `[start, end)`, merged with the runs it touches.
-fn add_run(runs: &mut Table<'_, u64, u64>, mut start: u64, mut end: u64) -> Result<(), StoreError> {
-    let before =
-        runs.range(..start)?.next_back().transpose()?.map(|(start, end)| (start.value(), end.value()));
-    if let Some((earlier, touching)) = before
-        && touching == start
-    {
-        start = earlier;
-    }
-    let after = runs.remove(end)?.map(|end| end.value());
-    end = after.unwrap_or(end);
-    runs.insert(start, end)?;
-    Ok(())
-}
-
-/// The escrows touched by one transaction: read once, numbered on, written once.
-struct Lanes<'txn> {
-    table: Table<'txn, &'static [u8; 20], &'static [u8]>,
-    touched: HashMap<Address, Option<Escrow>>,
-    epoch: u64,
-    now: u64,
-}
-
-impl<'txn> Lanes<'txn> {
-    fn open(transaction: &'txn WriteTransaction, epoch: u64) -> Result<Self, StoreError> {
-        let table = transaction.open_table(REGISTRY)?;
-        Ok(Self { table, touched: HashMap::new(), epoch, now: now_micros() / 1_000_000 })
-    }
-
-    fn touch(&mut self, address: Address) -> Result<&mut Option<Escrow>, StoreError> {
-        use std::collections::hash_map::Entry;
-        match self.touched.entry(address) {
-            Entry::Occupied(occupied) => Ok(occupied.into_mut()),
-            Entry::Vacant(vacant) => {
-                let row = self.table.get(&*address.0)?;
-                let escrow = row.map(|row| decode("registry", row.value())).transpose()?;
-                Ok(vacant.insert(escrow))
-            }
-        }
-    }
-
-    /// The row of an escrow that has a lane.
-    fn lane(&mut self, address: Address) -> Result<&mut Escrow, StoreError> {
-        let escrow = self.touch(address)?.as_mut();
-        Ok(escrow.unwrap_or_else(|| panic!("an entry for {address}, which was never announced")))
-    }
-
-    /// Registers an escrow; one that was withdrawn comes back and is numbered on.
-    fn announce(&mut self, address: Address, block: BlockRef) -> Result<(), StoreError> {
-        let slot = self.touch(address)?;
-        let last_sequence = slot.as_ref().map_or(0, |escrow| escrow.last_sequence);
-        *slot = Some(Escrow {
-            announced: (block.number, block.hash),
-            covered_from: block.number,
-            last_sequence,
-            ended: None,
-            state: EscrowState::Active,
-        });
-        Ok(())
-    }
-
-    fn end(&mut self, address: Address, block: u64) -> Result<(), StoreError> {
-        let escrow = self.lane(address)?;
-        escrow.ended = escrow.ended.or(Some(block));
-        Ok(())
-    }
-
-    /// Forgets an end of life in blocks that left the chain.
-    fn reopen(&mut self, address: Address, above: u64) -> Result<(), StoreError> {
-        let escrow = self.lane(address)?;
-        escrow.ended = escrow.ended.filter(|block| *block < above);
-        Ok(())
-    }
-
-    /// Takes an escrow out of the registry if this block is the one that announced it.
-    fn withdraw(&mut self, address: Address, block_hash: B256) -> Result<bool, StoreError> {
-        let escrow = self.lane(address)?;
-        let announced_there = escrow.announced.1 == block_hash && escrow.state == EscrowState::Active;
-        if announced_there {
-            escrow.state = EscrowState::Withdrawn;
-        }
-        Ok(announced_there)
-    }
-
-    fn event(&mut self, event: &Event) -> Result<Entry, StoreError> {
-        let (epoch, now) = (self.epoch, self.now);
-        let escrow = self.lane(event.escrow)?;
-        escrow.last_sequence += 1;
-        Ok(Entry {
-            kind: Kind::Event,
-            name: event.name.clone(),
-            announces: event.announces,
-            emitter: event.emitter,
-            escrow: event.escrow,
-            block_number: event.block.number,
-            block_hash: event.block.hash,
-            log_index: event.log_index,
-            sequence: escrow.last_sequence,
-            epoch,
-            late: false,
-            stored_at: now,
-            body: event.body.finish(escrow.last_sequence),
-        })
-    }
-
-    fn retraction(&mut self, of: u64, entry: &Entry, chain_id: u64) -> Result<Entry, StoreError> {
-        let (epoch, now) = (self.epoch, self.now);
-        let escrow = self.lane(entry.escrow)?;
-        escrow.last_sequence += 1;
-        let retraction = Retraction {
-            retracts: &event_id(chain_id, &entry.block_hash, entry.log_index),
-            retracted_event: &entry.body,
-            sequence: escrow.last_sequence,
-            chain_id,
-            emitter: entry.emitter,
-        };
-        let body = retraction.encode().map_err(|error| StoreError::Damaged {
-            what: format!("table event_log: the body at position {of} is not JSON: {error}"),
-        })?;
-        let kind = Kind::Retraction { of };
-        Ok(Entry { kind, sequence: escrow.last_sequence, epoch, stored_at: now, body, ..entry.clone() })
-    }
-
-    /// Frees the number of an entry that is dropped; always the lane's last.
-    fn take_back(&mut self, entry: &Entry) -> Result<(), StoreError> {
-        let escrow = self.lane(entry.escrow)?;
-        assert_eq!(escrow.last_sequence, entry.sequence, "only the end of a lane is dropped");
-        escrow.last_sequence -= 1;
-        Ok(())
-    }
-
-    /// Writes the rows back. An escrow withdrawn before anything of it could be published leaves no trace.
-    fn close(mut self) -> Result<HashMap<Address, Option<Escrow>>, StoreError> {
-        for (address, slot) in &mut self.touched {
-            let forgotten = slot
-                .as_ref()
-                .is_some_and(|escrow| escrow.state == EscrowState::Withdrawn && escrow.last_sequence == 0);
-            if forgotten {
-                *slot = None;
-            }
-            match slot {
-                Some(escrow) => self.table.insert(&*address.0, encode(escrow)?.as_slice())?,
-                None => self.table.remove(&*address.0)?,
-            };
-        }
-        Ok(self.touched)
-    }
 }

@@ -74,7 +74,7 @@ fn firsts(messages: &[Message]) -> (Vec<Line>, usize) {
 }
 
 #[tokio::test]
-async fn with_the_plans_variables_alone_messages_are_what_stdout_prints() {
+async fn with_the_plain_variables_alone_messages_are_what_stdout_prints() {
     let World { anvil, chain, factory, .. } = World::new().await;
     factory.create_by("createApprovedInConstructor").await;
     factory.create_by("createApproveRelease").await;
@@ -83,13 +83,13 @@ async fn with_the_plans_variables_alone_messages_are_what_stdout_prints() {
         escrow.send("emitAll", &[]).await;
     }
     let last = chain.block_number().await;
-    chain.mine(2).await; // the confirmations, which the plan has no variable for
+    chain.mine(2).await; // the confirmations, for which there is no plain variable
 
-    let plan = || Setup::plan(&anvil.url(), factory.address).with("PORT", free_port());
-    let printed = plan().run_to_head().await;
+    let plain = || Setup::plain(&anvil.url(), factory.address).with("PORT", free_port());
+    let printed = plain().run_to_head().await;
     let pubsub = PubSub::start().await;
     pubsub.create_topic("projects/test-project/topics/another.topic");
-    let setup = publishing(plan(), &pubsub).with("PUBSUB_TOPIC_ID", "another.topic");
+    let setup = publishing(plain(), &pubsub).with("PUBSUB_TOPIC_ID", "another.topic");
     assert_eq!(setup.run_to_head().await, [], "stdout stays empty");
 
     let arrived: Vec<Line> = pubsub.messages().iter().map(Line::of).collect();

@@ -282,7 +282,7 @@ async fn below_its_start_block_it_waits_says_so_once_and_begins_when_that_is_min
 
 #[tokio::test]
 async fn config_prints_each_value_with_its_source_and_hides_the_urls_path() {
-    let mut setup = Setup::plan("https://rpc.example/v2/SECRETKEY", Address::repeat_byte(0xfa));
+    let mut setup = Setup::plain("https://rpc.example/v2/SECRETKEY", Address::repeat_byte(0xfa));
     setup.set("RELAYER_RPC__MAX_RANGE", 500);
     setup.set("CONTRACT_ADDRESS", "0xfafafafafafafafafafafafafafafafafafafafa");
     std::fs::write(setup.path("relayer.toml"), "[chain]\nconfirmations = 3\nid = 5\n").expect("written");

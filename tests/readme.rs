@@ -8,7 +8,7 @@ use relayer::config::{Config, Effective, Row, Sources};
 
 const README: &str = include_str!("../README.md");
 
-/// The plan's variables, each with a value it takes.
+/// The plain variables, each with a value it takes.
 const VARIABLES: [(&str, &str); 11] = [
     ("CHAIN_ID", "1"),
     ("START_BLOCK", "2"),
@@ -23,7 +23,7 @@ const VARIABLES: [(&str, &str); 11] = [
     ("PORT", "8081"),
 ];
 
-/// The effective configuration with the first `variables` of the plan's set, and nothing else.
+/// The effective configuration with the first `variables` of the plain ones set, and nothing else.
 fn effective(variables: usize) -> Effective {
     let set = VARIABLES[..variables].iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
     let nowhere = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
@@ -87,7 +87,7 @@ fn every_key_stands_in_the_readme_with_its_default() {
 }
 
 #[test]
-fn every_variable_of_the_plan_stands_beside_its_key() {
+fn every_plain_variable_stands_beside_its_key() {
     let table = table();
     for row in effective(VARIABLES.len()).rows {
         let [.., variable] = table[row.key];

@@ -25,8 +25,8 @@ pub(super) enum Shape {
     List,
 }
 
-/// A variable named by the plan, and how its own form becomes the key's.
-pub(super) struct Plan {
+/// A variable without our prefix, and how its own form becomes the key's.
+pub(super) struct Plain {
     pub variable: &'static str,
     rewrite: fn(&str) -> Result<String, String>,
 }
@@ -39,7 +39,7 @@ pub(super) struct Key {
     pub shape: Shape,
     /// The built-in default, as it would be written in the file.
     pub default: Option<&'static str>,
-    pub plan: Option<Plan>,
+    pub plain: Option<Plain>,
     /// Whether the value is a URL, of which only scheme, host and port may be shown.
     pub secret: bool,
 }
@@ -64,10 +64,10 @@ impl Key {
         dict.remove("value")
     }
 
-    /// `text` in the key's own form, where `origin` is the plan's variable with another one.
+    /// `text` in the key's own form, where `origin` is the plain variable with another one.
     pub fn rewritten(&self, text: &str, origin: &Origin) -> Result<String, String> {
-        match (&self.plan, origin) {
-            (Some(plan), Origin::Variable(name)) if name == plan.variable => (plan.rewrite)(text.trim()),
+        match (&self.plain, origin) {
+            (Some(plain), Origin::Variable(name)) if name == plain.variable => (plain.rewrite)(text.trim()),
             _ => Ok(text.to_owned()),
         }
     }
@@ -98,7 +98,7 @@ macro_rules! keys {
         about: $about:literal,
         shape: $shape:ident,
         default: $default:expr,
-        plan: $plan:expr,
+        plain: $plain:expr,
         parse: $parse:expr $(, secret: $secret:literal)? $(,)?
     })*) => {
         $(pub(super) static $name: Typed<$type> = Typed {
@@ -107,7 +107,7 @@ macro_rules! keys {
                 about: $about,
                 shape: Shape::$shape,
                 default: $default,
-                plan: $plan,
+                plain: $plain,
                 secret: false $(|| $secret)?,
             },
             parse: $parse,
@@ -118,31 +118,31 @@ macro_rules! keys {
     };
 }
 
-const fn plan(variable: &'static str) -> Option<Plan> {
+const fn plain(variable: &'static str) -> Option<Plain> {
     rewritten(variable, |text| Ok(text.to_owned()))
 }
 
-const fn rewritten(variable: &'static str, rewrite: fn(&str) -> Result<String, String>) -> Option<Plan> {
-    Some(Plan { variable, rewrite })
+const fn rewritten(variable: &'static str, rewrite: fn(&str) -> Result<String, String>) -> Option<Plain> {
+    Some(Plain { variable, rewrite })
 }
 
 keys! {
     CHAIN_ID: u64 {
         path: "chain.id",
         about: "the chain's id, such as 11155111 for Sepolia",
-        shape: Number, default: None, plan: plan("CHAIN_ID"),
+        shape: Number, default: None, plain: plain("CHAIN_ID"),
         parse: |raw| non_zero::<NonZeroU64>(raw).map(NonZeroU64::get),
     }
     CHAIN_START_BLOCK: u64 {
         path: "chain.start_block",
         about: "the number of the block that deployed the factory",
-        shape: Number, default: None, plan: plan("START_BLOCK"),
+        shape: Number, default: None, plain: plain("START_BLOCK"),
         parse: whole,
     }
     CHAIN_HORIZON: Horizon {
         path: "chain.horizon",
         about: "how far is read: \"latest\", \"safe\" or \"finalized\"",
-        shape: Text, default: Some(r#""latest""#), plan: None,
+        shape: Text, default: Some(r#""latest""#), plain: None,
         parse: |raw| choice(raw, &[
             ("latest", Horizon::Latest),
             ("safe", Horizon::Safe),
@@ -152,122 +152,122 @@ keys! {
     CHAIN_CONFIRMATIONS: u64 {
         path: "chain.confirmations",
         about: "how many of the latest blocks are not read yet, such as 2",
-        shape: Number, default: Some("2"), plan: None,
+        shape: Number, default: Some("2"), plain: None,
         parse: whole,
     }
     CHAIN_FINALITY_DEPTH: u64 {
         path: "chain.finality_depth",
         about: "blocks after which a block is final where the node knows no \"finalized\", such as 64",
-        shape: Number, default: Some("64"), plan: None,
+        shape: Number, default: Some("64"), plain: None,
         parse: whole,
     }
     CHAIN_READING: Reading {
         path: "chain.reading",
         about: "how unfinal blocks are read: \"linked\" or \"ranged\"",
-        shape: Text, default: Some(r#""linked""#), plan: None,
+        shape: Text, default: Some(r#""linked""#), plain: None,
         parse: |raw| choice(raw, &[("linked", Reading::Linked), ("ranged", Reading::Ranged)]),
     }
     CHAIN_POLL_INTERVAL: Duration {
         path: "chain.poll_interval",
         about: "the time between two looks at the head, such as \"4s\"",
-        shape: Text, default: Some(r#""4s""#), plan: rewritten("POLL_INTERVAL_SECONDS", seconds),
+        shape: Text, default: Some(r#""4s""#), plain: rewritten("POLL_INTERVAL_SECONDS", seconds),
         parse: duration,
     }
     FACTORY_ADDRESS: Address {
         path: "factory.address",
         about: "the factory's address, 0x and 40 hex digits",
-        shape: Text, default: None, plan: plan("CONTRACT_ADDRESS"),
+        shape: Text, default: None, plain: plain("CONTRACT_ADDRESS"),
         parse: address,
     }
     FACTORY_EVENTS: Vec<Event> {
         path: "factory.events",
         about: "the signatures of the factory's events, such as [\"EscrowDeployed(address indexed escrow)\"]",
-        shape: List, default: Some(FACTORY_EVENTS_DEFAULT), plan: None,
+        shape: List, default: Some(FACTORY_EVENTS_DEFAULT), plain: None,
         parse: events,
     }
     FACTORY_CHILD: String {
         path: "factory.child",
         about: "the name of the argument that holds the deployed escrow's address, such as \"escrow\"",
-        shape: Text, default: Some(r#""escrow""#), plan: None,
+        shape: Text, default: Some(r#""escrow""#), plain: None,
         parse: name,
     }
     ESCROW_EVENTS: Vec<Event> {
         path: "escrow.events",
         about: "the signatures of the escrows' events, such as [\"Approved(address indexed approver)\"]",
-        shape: List, default: Some(ESCROW_EVENTS_DEFAULT), plan: None,
+        shape: List, default: Some(ESCROW_EVENTS_DEFAULT), plain: None,
         parse: events,
     }
     ESCROW_TERMINAL: Vec<String> {
         path: "escrow.terminal",
         about: "the names of the events after which nothing more is expected, such as [\"EscrowReleased\"]",
-        shape: List, default: Some(r#"["EscrowReleased", "EscrowRefunded"]"#), plan: None,
+        shape: List, default: Some(r#"["EscrowReleased", "EscrowRefunded"]"#), plain: None,
         parse: names,
     }
     RPC_URLS: Vec<SecretUrl> {
         path: "rpc.urls",
         about: "the nodes to ask, preferred first, such as [\"https://host/…\", \"wss://host/…\"]",
-        shape: List, default: None, plan: plan("RPC_URL"),
+        shape: List, default: None, plain: plain("RPC_URL"),
         parse: urls,
         secret: true,
     }
     RPC_REQUESTS_PER_SECOND: NonZeroU32 {
         path: "rpc.requests_per_second",
         about: "how many calls a second the provider allows, each of a batch counted, such as 25",
-        shape: Number, default: Some("25"), plan: None,
+        shape: Number, default: Some("25"), plain: None,
         parse: non_zero,
     }
     RPC_BURST: NonZeroU32 {
         path: "rpc.burst",
         about: "how many calls may go out at once after a pause, such as 25",
-        shape: Number, default: Some("25"), plan: None,
+        shape: Number, default: Some("25"), plain: None,
         parse: non_zero,
     }
     RPC_MAX_CONCURRENT: NonZeroUsize {
         path: "rpc.max_concurrent",
         about: "how many requests may be in flight, such as 10",
-        shape: Number, default: Some("10"), plan: plan("MAX_CONCURRENT_QUERIES"),
+        shape: Number, default: Some("10"), plain: plain("MAX_CONCURRENT_QUERIES"),
         parse: non_zero,
     }
     RPC_MAX_RANGE: NonZeroU64 {
         path: "rpc.max_range",
         about: "the most blocks one eth_getLogs asks for, such as 2000",
-        shape: Number, default: Some("2000"), plan: plan("BATCH_SIZE"),
+        shape: Number, default: Some("2000"), plain: plain("BATCH_SIZE"),
         parse: non_zero,
     }
     RPC_MAX_ADDRESSES: NonZeroUsize {
         path: "rpc.max_addresses",
         about: "the most addresses one eth_getLogs asks for, such as 1000",
-        shape: Number, default: Some("1000"), plan: None,
+        shape: Number, default: Some("1000"), plain: None,
         parse: non_zero,
     }
     RPC_MAX_BATCH: NonZeroUsize {
         path: "rpc.max_batch",
         about: "the most calls in one JSON-RPC batch, such as 100",
-        shape: Number, default: Some("100"), plan: None,
+        shape: Number, default: Some("100"), plain: None,
         parse: non_zero,
     }
     RPC_TIMEOUT: Duration {
         path: "rpc.timeout",
         about: "how long a request may take, such as \"20s\"",
-        shape: Text, default: Some(r#""20s""#), plan: None,
+        shape: Text, default: Some(r#""20s""#), plain: None,
         parse: duration,
     }
     STORAGE_PATH: PathBuf {
         path: "storage.path",
         about: "the file of the store, such as \"relayer.redb\"",
-        shape: Text, default: Some(r#""relayer.redb""#), plan: None,
+        shape: Text, default: Some(r#""relayer.redb""#), plain: None,
         parse: |raw| text(raw).map(PathBuf::from),
     }
     LEDGER_MAX_WAITING: NonZeroU64 {
         path: "ledger.max_waiting",
         about: "the most events that may wait to be published before reading pauses, such as 1000000",
-        shape: Number, default: Some("1000000"), plan: None,
+        shape: Number, default: Some("1000000"), plain: None,
         parse: non_zero,
     }
     SINK_KIND: Kind {
         path: "sink.kind",
         about: "where events go: \"pubsub\", \"stdout\" or \"file\"",
-        shape: Text, default: None, plan: None,
+        shape: Text, default: None, plain: None,
         parse: |raw| choice(raw, &[
             ("pubsub", Kind::Pubsub),
             ("stdout", Kind::Stdout),
@@ -277,56 +277,56 @@ keys! {
     SINK_PATH: PathBuf {
         path: "sink.path",
         about: "the file events are appended to",
-        shape: Text, default: None, plan: None,
+        shape: Text, default: None, plain: None,
         parse: |raw| text(raw).map(PathBuf::from),
     }
     SINK_PROJECT: String {
         path: "sink.project",
         about: "the id of the Google Cloud project, such as \"my-project\"",
-        shape: Text, default: None, plan: plan("PUBSUB_PROJECT_ID"),
+        shape: Text, default: None, plain: plain("PUBSUB_PROJECT_ID"),
         parse: name,
     }
     SINK_TOPIC: String {
         path: "sink.topic",
         about: "the id of the Pub/Sub topic, such as \"settlement.events.v1\"",
-        shape: Text, default: Some(r#""settlement.events.v1""#), plan: plan("PUBSUB_TOPIC_ID"),
+        shape: Text, default: Some(r#""settlement.events.v1""#), plain: plain("PUBSUB_TOPIC_ID"),
         parse: name,
     }
     SINK_ENDPOINT: String {
         path: "sink.endpoint",
         about: "another Pub/Sub endpoint than Google's global one, such as \"https://europe-west1-pubsub.googleapis.com\"",
-        shape: Text, default: None, plan: rewritten("PUBSUB_EMULATOR_HOST", emulator),
+        shape: Text, default: None, plain: rewritten("PUBSUB_EMULATOR_HOST", emulator),
         parse: endpoint,
         secret: true,
     }
     SINK_TIMEOUT: Duration {
         path: "sink.timeout",
         about: "how long one attempt to publish may take, such as \"15s\"",
-        shape: Text, default: Some(r#""15s""#), plan: None,
+        shape: Text, default: Some(r#""15s""#), plain: None,
         parse: duration,
     }
     SINK_ORDERING: Ordering {
         path: "sink.ordering",
         about: "the ordering key: \"escrow\", \"bucket:N\" or \"none\"",
-        shape: Text, default: Some(r#""escrow""#), plan: None,
+        shape: Text, default: Some(r#""escrow""#), plain: None,
         parse: ordering,
     }
     SINK_MAX_OUTSTANDING: NonZeroUsize {
         path: "sink.max_outstanding",
         about: "the most messages sent and not yet acknowledged, such as 1000",
-        shape: Number, default: Some("1000"), plan: None,
+        shape: Number, default: Some("1000"), plain: None,
         parse: max_outstanding,
     }
     HTTP_LISTEN: Option<SocketAddr> {
         path: "http.listen",
         about: "the address to listen on, such as \"127.0.0.1:8080\", or \"off\"",
-        shape: Text, default: Some(r#""127.0.0.1:8080""#), plan: rewritten("PORT", port),
+        shape: Text, default: Some(r#""127.0.0.1:8080""#), plain: rewritten("PORT", port),
         parse: listen,
     }
     LOG_FORMAT: LogFormat {
         path: "log.format",
         about: "how log lines look: \"auto\", \"text\" or \"json\"",
-        shape: Text, default: Some(r#""auto""#), plan: None,
+        shape: Text, default: Some(r#""auto""#), plain: None,
         parse: |raw| choice(raw, &[
             ("auto", LogFormat::Auto),
             ("text", LogFormat::Text),

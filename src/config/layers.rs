@@ -1,4 +1,4 @@
-//! The layers of the configuration, later over earlier: built-in defaults, file, the plan's variables,
+//! The layers of the configuration, later over earlier: built-in defaults, file, the plain variables,
 //! `RELAYER_<SECTION>__<KEY>` variables, command line.
 
 use std::path::PathBuf;
@@ -283,7 +283,7 @@ fn flatten(
 
 fn plan_variables(sources: &Sources) -> Vec<Setting> {
     let settings = KEYS.iter().filter_map(|key| {
-        let name = key.plan.as_ref()?.variable;
+        let name = key.plain.as_ref()?.variable;
         let text = sources.environment.get(name)?;
         (!text.trim().is_empty()).then(|| Setting {
             path: key.path,

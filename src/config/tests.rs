@@ -494,8 +494,8 @@ fn the_shipped_file_documents_every_key_with_its_default() {
         if key.default.is_some() && find(&active, key).is_none() {
             assert_eq!(value, key.default_value(), "{}", key.path);
         }
-        if let Some(plan) = &key.plan {
-            assert!(SHIPPED.contains(plan.variable), "{} is not named", plan.variable);
+        if let Some(plain) = &key.plain {
+            assert!(SHIPPED.contains(plain.variable), "{} is not named", plain.variable);
         }
     }
     Setup::empty().file(&uncommented).config();

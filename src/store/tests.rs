@@ -1,11 +1,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use alloy::json_abi::Event as AbiEvent;
+use alloy::primitives::B256;
 use proptest::prelude::*;
 use redb::backends::InMemoryBackend;
 
 use super::*;
-use crate::event::{Log, Recognised, Role, Signatures};
+use crate::event::{Log, Recognised, Role, Signatures, event_id};
 
 fn identity() -> Identity {
     Identity {

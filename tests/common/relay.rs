@@ -69,17 +69,17 @@ pub struct Setup {
 }
 
 impl Setup {
-    /// The plan's variables, and the settings that make a test quick: no confirmations, fast polls, no rate limit.
+    /// The plain variables, and the settings that make a test quick: no confirmations, fast polls, no rate limit.
     pub fn new(rpc_url: &str, factory: Address) -> Setup {
-        Setup::plan(rpc_url, factory)
+        Setup::plain(rpc_url, factory)
             .with("RELAYER_CHAIN__CONFIRMATIONS", 0)
             .with("RELAYER_RPC__REQUESTS_PER_SECOND", 10_000)
             .with("RELAYER_RPC__BURST", 10_000)
             .with("RELAYER_HTTP__LISTEN", "off")
     }
 
-    /// The plan's variables and nothing else.
-    pub fn plan(rpc_url: &str, factory: Address) -> Setup {
+    /// The plain variables and nothing else.
+    pub fn plain(rpc_url: &str, factory: Address) -> Setup {
         let setup = Setup {
             folder: Arc::new(tempfile::tempdir().expect("a folder can be made")),
             variables: BTreeMap::new(),

@@ -1,0 +1,145 @@
+//! Numbering: the escrows one transaction touches, and the entries of their lanes.
+
+use std::collections::HashMap;
+
+use alloy::primitives::{Address, B256};
+use redb::{ReadableTable, Table, WriteTransaction};
+
+use super::StoreError;
+use super::opening::now_micros;
+use super::schema::{Entry, Escrow, EscrowState, Kind, REGISTRY, decode, encode};
+use crate::event::{BlockRef, Event, Retraction, event_id};
+
+/// The escrows touched by one transaction: read once, numbered on, written once.
+pub(super) struct Lanes<'txn> {
+    table: Table<'txn, &'static [u8; 20], &'static [u8]>,
+    touched: HashMap<Address, Option<Escrow>>,
+    epoch: u64,
+    now: u64,
+}
+
+impl<'txn> Lanes<'txn> {
+    pub fn open(transaction: &'txn WriteTransaction, epoch: u64) -> Result<Self, StoreError> {
+        let table = transaction.open_table(REGISTRY)?;
+        Ok(Self { table, touched: HashMap::new(), epoch, now: now_micros() / 1_000_000 })
+    }
+
+    fn touch(&mut self, address: Address) -> Result<&mut Option<Escrow>, StoreError> {
+        use std::collections::hash_map::Entry;
+        match self.touched.entry(address) {
+            Entry::Occupied(occupied) => Ok(occupied.into_mut()),
+            Entry::Vacant(vacant) => {
+                let row = self.table.get(&*address.0)?;
+                let escrow = row.map(|row| decode("registry", row.value())).transpose()?;
+                Ok(vacant.insert(escrow))
+            }
+        }
+    }
+
+    /// The row of an escrow that has a lane.
+    fn lane(&mut self, address: Address) -> Result<&mut Escrow, StoreError> {
+        let escrow = self.touch(address)?.as_mut();
+        Ok(escrow.unwrap_or_else(|| panic!("an entry for {address}, which was never announced")))
+    }
+
+    /// Registers an escrow; one that was withdrawn comes back and is numbered on.
+    pub fn announce(&mut self, address: Address, block: BlockRef) -> Result<(), StoreError> {
+        let slot = self.touch(address)?;
+        let last_sequence = slot.as_ref().map_or(0, |escrow| escrow.last_sequence);
+        *slot = Some(Escrow {
+            announced: (block.number, block.hash),
+            covered_from: block.number,
+            last_sequence,
+            ended: None,
+            state: EscrowState::Active,
+        });
+        Ok(())
+    }
+
+    pub fn end(&mut self, address: Address, block: u64) -> Result<(), StoreError> {
+        let escrow = self.lane(address)?;
+        escrow.ended = escrow.ended.or(Some(block));
+        Ok(())
+    }
+
+    /// Forgets an end of life in blocks that left the chain.
+    pub fn reopen(&mut self, address: Address, above: u64) -> Result<(), StoreError> {
+        let escrow = self.lane(address)?;
+        escrow.ended = escrow.ended.filter(|block| *block < above);
+        Ok(())
+    }
+
+    /// Takes an escrow out of the registry if this block is the one that announced it.
+    pub fn withdraw(&mut self, address: Address, block_hash: B256) -> Result<bool, StoreError> {
+        let escrow = self.lane(address)?;
+        let announced_there = escrow.announced.1 == block_hash && escrow.state == EscrowState::Active;
+        if announced_there {
+            escrow.state = EscrowState::Withdrawn;
+        }
+        Ok(announced_there)
+    }
+
+    pub fn event(&mut self, event: &Event) -> Result<Entry, StoreError> {
+        let (epoch, now) = (self.epoch, self.now);
+        let escrow = self.lane(event.escrow)?;
+        escrow.last_sequence += 1;
+        Ok(Entry {
+            kind: Kind::Event,
+            name: event.name.clone(),
+            announces: event.announces,
+            emitter: event.emitter,
+            escrow: event.escrow,
+            block_number: event.block.number,
+            block_hash: event.block.hash,
+            log_index: event.log_index,
+            sequence: escrow.last_sequence,
+            epoch,
+            late: false,
+            stored_at: now,
+            body: event.body.finish(escrow.last_sequence),
+        })
+    }
+
+    pub fn retraction(&mut self, of: u64, entry: &Entry, chain_id: u64) -> Result<Entry, StoreError> {
+        let (epoch, now) = (self.epoch, self.now);
+        let escrow = self.lane(entry.escrow)?;
+        escrow.last_sequence += 1;
+        let retraction = Retraction {
+            retracts: &event_id(chain_id, &entry.block_hash, entry.log_index),
+            retracted_event: &entry.body,
+            sequence: escrow.last_sequence,
+            chain_id,
+            emitter: entry.emitter,
+        };
+        let body = retraction.encode().map_err(|error| StoreError::Damaged {
+            what: format!("table event_log: the body at position {of} is not JSON: {error}"),
+        })?;
+        let kind = Kind::Retraction { of };
+        Ok(Entry { kind, sequence: escrow.last_sequence, epoch, stored_at: now, body, ..entry.clone() })
+    }
+
+    /// Frees the number of an entry that is dropped; always the lane's last.
+    pub fn take_back(&mut self, entry: &Entry) -> Result<(), StoreError> {
+        let escrow = self.lane(entry.escrow)?;
+        assert_eq!(escrow.last_sequence, entry.sequence, "only the end of a lane is dropped");
+        escrow.last_sequence -= 1;
+        Ok(())
+    }
+
+    /// Writes the rows back. An escrow withdrawn before anything of it could be published leaves no trace.
+    pub fn close(mut self) -> Result<HashMap<Address, Option<Escrow>>, StoreError> {
+        for (address, slot) in &mut self.touched {
+            let forgotten = slot
+                .as_ref()
+                .is_some_and(|escrow| escrow.state == EscrowState::Withdrawn && escrow.last_sequence == 0);
+            if forgotten {
+                *slot = None;
+            }
+            match slot {
+                Some(escrow) => self.table.insert(&*address.0, encode(escrow)?.as_slice())?,
+                None => self.table.remove(&*address.0)?,
+            };
+        }
+        Ok(self.touched)
+    }
+}

@@ -1,0 +1,121 @@
+//! Opening the file: whose it is, and whether it is whole.
+
+use std::io;
+use std::path::Path;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use redb::{Database, DatabaseError, ReadableDatabase, StorageError};
+
+use super::schema::{
+    ACKNOWLEDGED, BLOCKS, EVENT_LOG, IDENTITY, Identity, Life, MARKS, META, PROGRESS, Progress, QUARANTINE,
+    REGISTRY, SCHEMA, WATERMARK, decode, encode,
+};
+use super::{StoreError, write_progress};
+
+/// Memory redb may use for pages, in bytes; its own default is 1 GiB.
+const CACHE_BYTES: usize = 64 << 20;
+
+pub(super) fn builder() -> redb::Builder {
+    let mut builder = Database::builder();
+    builder.set_cache_size(CACHE_BYTES);
+    builder
+}
+
+pub(super) fn open_error(path: &Path, error: DatabaseError) -> StoreError {
+    let path = path.to_owned();
+    match error {
+        DatabaseError::DatabaseAlreadyOpen => StoreError::Locked { path },
+        DatabaseError::Storage(StorageError::Io(source)) => match source.kind() {
+            io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof => {
+                StoreError::Damaged { what: format!("{} is not a redb file ({source})", path.display()) }
+            }
+            io::ErrorKind::NotFound => {
+                let remedy = "its directory does not exist: create it, or mount the volume".to_owned();
+                StoreError::Unwritable { path, source, remedy }
+            }
+            _ => {
+                let remedy = "set storage.path to a file in a directory this user may write".to_owned();
+                StoreError::Unwritable { path, source, remedy }
+            }
+        },
+        other => StoreError::Damaged { what: format!("{}: {other}", path.display()) },
+    }
+}
+
+pub(super) fn read_life(db: &Database) -> Result<Option<(Life, Progress)>, StoreError> {
+    let read = db.begin_read()?;
+    let meta = match read.open_table(META) {
+        Ok(meta) => meta,
+        Err(redb::TableError::TableDoesNotExist(_)) => {
+            return match read.list_tables()?.next() {
+                // Killed between making the file and its first commit: nothing was lost.
+                None => Ok(None),
+                Some(_) => Err(StoreError::Damaged { what: "it has tables, but not a relayer's".into() }),
+            };
+        }
+        Err(error) => return Err(StoreError::Damaged { what: error.to_string() }),
+    };
+    let life =
+        meta.get(IDENTITY)?.ok_or_else(|| StoreError::Damaged { what: "it has no identity".into() })?;
+    let progress =
+        meta.get(PROGRESS)?.ok_or_else(|| StoreError::Damaged { what: "it has no cursor".into() })?;
+    Ok(Some((decode("meta", life.value())?, decode("meta", progress.value())?)))
+}
+
+pub(super) fn begin_life(
+    db: &Database,
+    path: &Path,
+    identity: &Identity,
+    start_block: Option<u64>,
+) -> Result<(Life, Progress), StoreError> {
+    let start_block = start_block.ok_or_else(|| StoreError::NoStartBlock { path: path.to_owned() })?;
+    let life = Life { schema: SCHEMA, epoch: now_micros(), identity: identity.clone() };
+    let progress = Progress { start_block, cursor: None, next_position: 0, finalized: None };
+    let transaction = db.begin_write()?;
+    {
+        transaction.open_table(META)?.insert(IDENTITY, encode(&life)?.as_slice())?;
+        transaction.open_table(MARKS)?.insert(WATERMARK, 0)?;
+        transaction.open_table(REGISTRY)?;
+        transaction.open_table(EVENT_LOG)?;
+        transaction.open_table(BLOCKS)?;
+        transaction.open_table(ACKNOWLEDGED)?;
+        transaction.open_table(QUARANTINE)?;
+        write_progress(&transaction, &progress)?;
+    }
+    transaction.commit()?;
+    Ok((life, progress))
+}
+
+pub(super) fn now_micros() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_micros() as u64)
+}
+
+pub(super) fn compare(path: &Path, stored: &Identity, asked: &Identity) -> Result<(), StoreError> {
+    let mut differences = Vec::new();
+    let mut differ = |what: &str, stored: String, asked: String| {
+        if stored != asked {
+            differences.push(format!("  {what}: the store has {stored}, the configuration {asked}"));
+        }
+    };
+    differ("chain.id", stored.chain_id.to_string(), asked.chain_id.to_string());
+    differ("factory.address", format!("{:#x}", stored.factory), format!("{:#x}", asked.factory));
+    differ("sink", stored.sink.clone(), asked.sink.clone());
+    differ("sink.ordering", stored.ordering.clone(), asked.ordering.clone());
+    for lost in stored.signatures.iter().filter(|signature| !asked.signatures.contains(signature)) {
+        differences.push(format!("  signatures: the store has `{lost}`, the configuration has not"));
+    }
+    for added in asked.signatures.iter().filter(|signature| !stored.signatures.contains(signature)) {
+        differences.push(format!(
+            "  signatures: the configuration has `{added}`, the store has not: its history was never read"
+        ));
+    }
+    if differences.is_empty() {
+        return Ok(());
+    }
+    Err(StoreError::OtherIdentity {
+        path: path.to_owned(),
+        differences: differences.join("\n"),
+        remedy: "Use the configuration this store was made with, or set storage.path to a new file: it will be read \
+                 from chain.start_block and published whole.",
+    })
+}

@@ -1,0 +1,42 @@
+//! What is acknowledged: everything below the watermark, and runs above it.
+
+use redb::{ReadableTable, Table, WriteTransaction};
+
+use super::StoreError;
+use super::schema::{ACKNOWLEDGED, MARKS, WATERMARK};
+
+/// Adds positions to the acknowledged runs and moves the watermark over the run that reaches it.
+pub(super) fn acknowledge(transaction: &WriteTransaction, positions: &mut [u64]) -> Result<(), StoreError> {
+    positions.sort_unstable();
+    let mut runs = transaction.open_table(ACKNOWLEDGED)?;
+    let mut marks = transaction.open_table(MARKS)?;
+    let mut rest = &positions[..];
+    while let Some(&start) = rest.first() {
+        let length =
+            rest.iter().zip(start..).take_while(|(position, expected)| *position == expected).count();
+        add_run(&mut runs, start, start + length as u64)?;
+        rest = &rest[length..];
+    }
+    let watermark = marks.get(WATERMARK)?.map_or(0, |mark| mark.value());
+    let reached = runs.get(watermark)?.map(|end| end.value());
+    if let Some(end) = reached {
+        runs.remove(watermark)?;
+        marks.insert(WATERMARK, end)?;
+    }
+    Ok(())
+}
+
+/// Inserts `[start, end)`, merged with the runs it touches.
+fn add_run(runs: &mut Table<'_, u64, u64>, mut start: u64, mut end: u64) -> Result<(), StoreError> {
+    let before =
+        runs.range(..start)?.next_back().transpose()?.map(|(start, end)| (start.value(), end.value()));
+    if let Some((earlier, touching)) = before
+        && touching == start
+    {
+        start = earlier;
+    }
+    let after = runs.remove(end)?.map(|end| end.value());
+    end = after.unwrap_or(end);
+    runs.insert(start, end)?;
+    Ok(())
+}

@@ -352,11 +352,12 @@ impl<S: Sink> Publisher<S> {
         self.send(id, 1);
     }
 
-    /// How many messages of a lane may go now, within the bound on what may be repeated. A lane has at most half
+    /// How many messages of a lane may go now, within the bound on what may be repeated. One of many has at most half
     /// of it, so that one that fails leaves room for the others.
     fn may_send(&self, id: &LaneId) -> usize {
         let room = self.max_outstanding - self.outstanding;
-        self.lanes[id].may_send(room, (self.max_outstanding / 2).max(1))
+        let share = if self.sink.is_sequential() { self.max_outstanding } else { self.max_outstanding / 2 };
+        self.lanes[id].may_send(room, share.max(1))
     }
 
     fn send(&mut self, id: LaneId, limit: usize) {

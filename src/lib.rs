@@ -226,9 +226,8 @@ async fn scan_loop(
 ) -> Result<(), RelayError> {
     let scanned = async {
         loop {
-            wait_for_room(&store, max_waiting).await;
             match scanner.step().await? {
-                scan::Step::Progress => {}
+                scan::Step::Progress => wait_for_room(&store, max_waiting).await,
                 scan::Step::Idle => tokio::time::sleep(poll_interval).await,
                 scan::Step::Wait(pause) => tokio::time::sleep(pause).await,
                 scan::Step::Done => return Ok(()),

@@ -213,7 +213,8 @@ impl<S: Sink> Publisher<S> {
     /// Whether nothing is left to publish but what blocked lanes hold.
     pub fn is_drained(&self) -> bool {
         let busy = !self.in_flight.is_empty() || self.committing.is_some() || !self.acknowledged.is_empty();
-        !busy && self.store.all_claimed() && self.lanes.values().all(Lane::is_blocked)
+        let all_claimed = self.store.all_claimed() || self.said_full;
+        !busy && all_claimed && self.lanes.values().all(Lane::is_blocked)
     }
 
     /// Lanes whose first message is refused, with the reason.
@@ -319,6 +320,8 @@ impl<S: Sink> Publisher<S> {
             if self.in_flight.is_empty() && outage.resume_at <= Instant::now() {
                 self.probe();
             }
+        }
+        if self.outage.is_some() {
             return;
         }
         let mut starved = Vec::new();
@@ -391,9 +394,11 @@ impl<S: Sink> Publisher<S> {
             None => {}
             Some(SinkError::Closed(reason)) => return Err(PublishError::Closed(reason)),
             Some(SinkError::Refused(reason)) => {
-                // A refused request was not stored: what it added cannot come twice.
-                self.outstanding -= lane.forget_added();
+                // A refused request was not stored: what it added cannot come twice. With a key, nothing behind a
+                // message that is refused alone can ever have been stored.
                 let alone = sent - receipt.acknowledged == 1;
+                let keyed = self.ordering != config::Ordering::None;
+                self.outstanding -= if alone && keyed { lane.forget_all() } else { lane.forget_added() };
                 let (pause, newly) = lane.refused(&reason, alone);
                 if newly {
                     error!(lane = %id, %reason, "Lane blocked: its message is refused; the others go on");
@@ -404,8 +409,11 @@ impl<S: Sink> Publisher<S> {
             Some(SinkError::Unavailable(reason)) => {
                 let pause = lane.unavailable();
                 self.retries.insert((Instant::now() + pause, id));
-                self.failing.insert(id);
-                self.suspect_outage(id, &reason);
+                // A blocked lane has its own pause; the others tell whether there is an outage.
+                if !lane.is_blocked() {
+                    self.failing.insert(id);
+                    self.suspect_outage(id, &reason);
+                }
                 return Ok(());
             }
         }

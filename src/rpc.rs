@@ -179,7 +179,7 @@ impl Rpc {
                     Err(Next::Wait { hint, message, slow }) => fault = Some((hint, message, slow)),
                     Err(Next::Replan(refused)) => {
                         self.gate.succeeded();
-                        if matches!(refused, Refused::HistoryGone(_) | Refused::Unsupported(_)) {
+                        if is_beyond_planning(&refused, &asked) {
                             self.use_provider(current + 1);
                         }
                         return Err(refused);
@@ -388,6 +388,16 @@ impl Chain for Rpc {
     }
 }
 
+/// Whether asking for less cannot help, but perhaps another provider can.
+fn is_beyond_planning(refused: &Refused, asked: &[Call]) -> bool {
+    match refused {
+        Refused::HistoryGone(_) | Refused::Unsupported(_) | Refused::UnknownTag(_) => true,
+        Refused::Unknown(_) => !asked.iter().any(|call| matches!(call, Call::Logs(_))),
+        Refused::Cap(_) | Refused::Use(_) | Refused::Halve(_) | Refused::FewerAddresses(_) => false,
+        Refused::Slow(_) | Refused::Behind(_) | Refused::WrongChain { .. } => false,
+    }
+}
+
 fn refuse_all(refusing: &Refusing, calls: &[Call]) -> Vec<Outcome> {
     calls.iter().map(|_| Err(refusing.clone())).collect()
 }
@@ -411,7 +421,9 @@ fn refuse_request(failure: &Failure, queries: &[Query<'_>]) -> Refusing {
         Verdict::Unknown if failure.http_status.is_some_and(|status| status >= 500) => Verdict::Fault,
         verdict => verdict,
     };
-    Refusing { verdict, message, slow: false }
+    // A gateway that gave up on the node behind it.
+    let slow = verdict == Verdict::Fault && matches!(failure.http_status, Some(502 | 504 | 520..=530));
+    Refusing { verdict, message, slow }
 }
 
 fn asked(query: &Query<'_>) -> Asked {
@@ -450,7 +462,8 @@ fn judge_payload(
             };
             let verdict = classify(&refusal, asked(query));
             let message = redact(&failure.message, MAX_TEXT);
-            Err(Refusing { verdict, message: format!("{message} (code {})", failure.code), slow: false })
+            let slow = verdict == Verdict::Fault;
+            Err(Refusing { verdict, message: format!("{message} (code {})", failure.code), slow })
         }
     }
 }

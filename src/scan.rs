@@ -88,6 +88,8 @@ pub struct Scanner<C> {
     /// Headers seen at the head, not yet read: a chain linked by parent hashes.
     recent: BTreeMap<u64, Header>,
     finality: Finality,
+    /// The tag of the configured horizon.
+    horizon_tag: Tag,
     /// The highest block known to be final.
     finalized: Option<u64>,
     /// A cursor that was final when it was accepted: no fork can have taken it.
@@ -99,16 +101,36 @@ pub struct Scanner<C> {
     said: Said,
 }
 
-/// What is known of finality.
+/// What is known of a tag, `safe` or `finalized`. A node that answered it once and does not now only lags; one that
+/// never did does not know it.
+#[derive(Clone, Copy, Debug, Default)]
+struct Tag {
+    known: bool,
+    /// The configured depth stands in for it.
+    replaced: bool,
+    /// How often in a row it was not answered.
+    misses: u32,
+}
+
+impl Tag {
+    /// `true` when this miss is the one after which the depth stands in for the tag.
+    fn missed(&mut self) -> bool {
+        self.misses += 1;
+        !self.known && self.misses >= TAG_LOOKS && !std::mem::replace(&mut self.replaced, true)
+    }
+
+    fn answered(&mut self) {
+        *self = Self { known: true, ..Self::default() };
+    }
+}
+
+/// When finality is asked for.
 #[derive(Clone, Copy, Debug, Default)]
 struct Finality {
-    /// A node answered to the tag: from then on no answer to it means lag, not ignorance.
-    tagged: bool,
-    /// The node does not know the tag: the configured depth counts.
-    untagged: bool,
-    /// How often in a row the tag was not answered.
-    misses: u32,
-    /// The head when the tag was last asked for.
+    tag: Tag,
+    /// The poll under way asks for it.
+    asking: bool,
+    /// The head when it was last asked for.
     asked_at: Option<u64>,
     /// The last head seen.
     head: u64,
@@ -145,6 +167,7 @@ impl<C: Chain> Scanner<C> {
             target: None,
             recent: BTreeMap::new(),
             finality: Finality::default(),
+            horizon_tag: Tag::default(),
             finalized,
             proven: None,
             suspected: None,
@@ -204,8 +227,9 @@ impl<C: Chain> Scanner<C> {
             config::Horizon::Safe => BlockTag::Safe,
             config::Horizon::Finalized => BlockTag::Finalized,
         };
-        let tag = if self.finality.untagged { BlockTag::Latest } else { tag };
+        let tag = if self.horizon_tag.replaced { BlockTag::Latest } else { tag };
         let ask_finality = tag != BlockTag::Finalized && self.finality_is_due();
+        self.finality.asking = ask_finality;
         let mut calls = vec![Call::Header(tag)];
         if ask_finality {
             calls.push(Call::Header(BlockTag::Finalized));
@@ -218,6 +242,7 @@ impl<C: Chain> Scanner<C> {
         let finalized = if ask_finality { answers.next().and_then(Answer::header) } else { None };
         let code = answers.next().map(Answer::code);
         let Some(head) = head else {
+            self.finality.asking = false;
             return Err(match tag {
                 BlockTag::Latest | BlockTag::Number(_) => {
                     Trouble::Disagreement("it has no latest block".into())
@@ -228,15 +253,13 @@ impl<C: Chain> Scanner<C> {
             });
         };
         self.finality.head = head.block.number;
-        let finalized = match tag {
-            BlockTag::Finalized => Some(head),
-            BlockTag::Number(_) | BlockTag::Latest | BlockTag::Safe => finalized,
-        };
+        if tag != BlockTag::Latest {
+            self.horizon_tag.answered();
+        }
+        let finalized = if tag == BlockTag::Finalized { Some(head) } else { finalized };
         match finalized {
-            Some(_) => self.tag_is_known(),
-            None if ask_finality => {
-                return Err(Trouble::refused(Refused::UnknownTag("finalized: no such block".into())));
-            }
+            Some(_) => self.finality_answered(),
+            None if ask_finality => self.finality_missed("finalized: no such block"),
             None => {}
         }
         self.see_head(head);
@@ -344,48 +367,69 @@ impl<C: Chain> Scanner<C> {
     }
 
     fn finality_is_due(&self) -> bool {
-        let asked_at = self.finality.asked_at;
-        asked_at.is_none_or(|at| self.finality.head >= at.saturating_add(FINALITY_REFRESH))
+        let head = self.finality.head;
+        // A head far above the next was a mistake of the node's.
+        self.finality.asked_at.is_none_or(|at| head < at || head - at >= FINALITY_REFRESH)
     }
 
+    /// Never trusts beyond the head, and never for longer than until the next answer.
     fn note_finality(&mut self, head: u64, tagged: Option<u64>) {
         let known = match tagged {
-            Some(number) => Some(number),
-            None if self.finality.untagged => head.checked_sub(self.settings.finality_depth),
-            None => None,
+            Some(number) => Some(number.min(head)),
+            None if self.finality.tag.replaced => head.checked_sub(self.settings.finality_depth),
+            None => self.finalized,
         };
-        self.finalized = self.finalized.max(known);
+        self.finalized = known.max(self.store.finalized());
     }
 
-    fn tag_is_known(&mut self) {
-        if self.finality.untagged {
-            info!("The node knows the tags safe and finalized now");
-        }
-        let head = self.finality.head;
-        self.finality = Finality { tagged: true, asked_at: Some(head), head, ..Finality::default() };
-    }
-
-    /// A tag was not answered. A node that never answers it does not know it; one that did only lags.
-    fn tag_is_missing(&mut self, why: &str) -> Step {
-        self.finality.misses += 1;
-        if self.finality.tagged || self.finality.misses < TAG_LOOKS {
-            return Step::Wait(SECOND_LOOK);
-        }
+    fn finality_answered(&mut self) {
+        self.finality.tag.answered();
         self.finality.asked_at = Some(self.finality.head);
-        if std::mem::replace(&mut self.finality.untagged, true) {
-            return Step::Wait(SECOND_LOOK);
+        if self.settings.horizon == config::Horizon::Finalized {
+            self.horizon_tag.answered();
         }
-        warn!(
-            reason = %why,
-            "The node does not know the tags safe and finalized: blocks count as final {} blocks below the head",
-            self.settings.finality_depth
-        );
-        Step::Progress
+    }
+
+    /// Blocks count as unfinal until the tag is answered, or the depth stands in for it.
+    fn finality_missed(&mut self, why: &str) {
+        if self.finality.tag.missed() {
+            warn!(
+                reason = %why,
+                "The node does not know the tag finalized: blocks count as final {} blocks below the head",
+                self.settings.finality_depth
+            );
+        }
+        if self.finality.tag.known || self.finality.tag.replaced {
+            self.finality.asked_at = Some(self.finality.head);
+        }
+    }
+
+    /// A poll was refused over a tag.
+    fn tag_is_missing(&mut self, why: &str) -> Step {
+        if std::mem::take(&mut self.finality.asking) {
+            self.finality_missed(why);
+            return Step::Progress;
+        }
+        if self.settings.horizon != config::Horizon::Latest && self.horizon_tag.missed() {
+            warn!(
+                reason = %why,
+                "The node does not know the tag of chain.horizon: reading goes up to {} blocks below the head",
+                self.settings.finality_depth
+            );
+            return Step::Progress;
+        }
+        if !std::mem::replace(&mut self.said.behind, true) {
+            warn!(reason = %why, "The node does not answer to the tag of chain.horizon: waiting");
+        }
+        Step::Wait(SECOND_LOOK.max(self.settings.poll_interval))
     }
 
     /// Changes the plan after a refusal.
     fn replan(&mut self, refused: Refused, blocks: u64) -> Result<Step, ScanError> {
         debug!(%refused, blocks, "Changing the plan");
+        // Whatever was wrong, it may be the block that was asked for: look again where the head is.
+        self.recent.clear();
+        self.target = None;
         match refused {
             Refused::Cap(cap) => {
                 self.limits.cap(cap);
@@ -405,11 +449,7 @@ impl<C: Chain> Scanner<C> {
             Refused::FewerAddresses(_) if self.limits.cap_addresses() => Ok(Step::Progress),
             Refused::Halve(_) | Refused::Unknown(_) if self.limits.fewer_addresses() => Ok(Step::Progress),
             Refused::FewerAddresses(_) | Refused::Halve(_) | Refused::Unknown(_) => Ok(Step::Wait(GIVE_REST)),
-            Refused::Behind(_) => {
-                self.recent.clear();
-                self.target = None;
-                Ok(Step::Wait(SECOND_LOOK))
-            }
+            Refused::Behind(_) => Ok(Step::Wait(SECOND_LOOK)),
             Refused::UnknownTag(why) => Ok(self.tag_is_missing(&why)),
             Refused::Slow(_) => Ok(match self.limits.halve(blocks) {
                 true if blocks > 0 => Step::Progress,

@@ -347,7 +347,9 @@ impl Store {
             assert!(events.next().is_none(), "an event beyond the cursor");
             quarantine(&transaction, &stretch.quarantined)?;
             progress.cursor = Some((cursor.number, cursor.hash));
-            progress.finalized = progress.finalized.max(stretch.finalized);
+            // What the node says of blocks to come is not worth keeping.
+            progress.finalized =
+                progress.finalized.max(stretch.finalized.map(|block| block.min(cursor.number)));
             forget_final(&mut blocks, progress.finalized)?;
             write_progress(&transaction, &progress)?;
             lanes.close()?

@@ -202,6 +202,12 @@ impl Lane {
         added
     }
 
+    /// Nothing of the lane can have been stored; how much had been handed over.
+    pub fn forget_all(&mut self) -> usize {
+        self.added = 0;
+        std::mem::take(&mut self.outstanding)
+    }
+
     /// The pause before the next attempt, and whether the lane is blocked from now on. Only a message refused
     /// when it was sent `alone` is known to be the one at fault.
     pub fn refused(&mut self, reason: &str, alone: bool) -> (Duration, bool) {

@@ -247,6 +247,47 @@ async fn in_an_outage_one_probe_at_a_time_goes_out_and_then_all_resume() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn blocked_lanes_that_were_unreachable_before_leave_the_room_to_the_others() {
+    let store = store(&[1, 2, 3], &[1, 1, 1, 2, 2, 2, 3, 3]);
+    let sink = Arc::new(Script::default());
+    sink.acts.lock().unwrap().extend([Act::Fail, Act::Fail]);
+    let mut publisher = Publisher::new(Arc::clone(&sink), Arc::clone(&store), &settings(4));
+    // Two lanes fill the window and fail; then their first messages are refused.
+    for _ in 0..4 {
+        publisher.step().await.unwrap();
+    }
+    sink.refused.lock().unwrap().extend(["0x01:1".to_owned(), "0x02:1".to_owned()]);
+    drain(&mut publisher).await;
+    assert_eq!(firsts(&sink.stored())["0x03"].len(), 3);
+    assert_eq!(publisher.blocked().len(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_blocked_lane_is_tried_again_after_an_outage_in_its_midst() {
+    let store = store(&[1], &[]);
+    let sink = Arc::new(Script::default());
+    sink.refused.lock().unwrap().insert("0x01:1".into());
+    let mut publisher = Publisher::new(Arc::clone(&sink), Arc::clone(&store), &settings(4));
+    drain(&mut publisher).await;
+    sink.refused.lock().unwrap().clear();
+    *sink.down.lock().unwrap() = true;
+    let began = Instant::now();
+    while began.elapsed() < Duration::from_secs(200) {
+        if let Step::Wait(pause) = publisher.step().await.unwrap() {
+            tokio::time::sleep(pause).await;
+        }
+    }
+    *sink.down.lock().unwrap() = false;
+    for _ in 0..20 {
+        match publisher.step().await.unwrap() {
+            Step::Wait(pause) => tokio::time::sleep(pause).await,
+            Step::Progress | Step::Idle => {}
+        }
+    }
+    assert_eq!((sink.stored(), store.waiting()), (vec!["0x01:1".to_owned()], 0));
+}
+
+#[tokio::test(start_paused = true)]
 async fn what_arrives_while_others_are_under_way_does_not_wait_for_them() {
     let store = store(&[1], &[]);
     let sink = Arc::new(Script::default());

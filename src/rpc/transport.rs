@@ -109,7 +109,7 @@ async fn http(client: &reqwest::Client, url: &SecretUrl, packet: &RequestPacket)
         retry_after,
     };
     let mut bytes = Vec::new();
-    while let Some(chunk) = response.chunk().await.map_err(connection_failure)? {
+    while let Some(chunk) = response.chunk().await.map_err(cut_short)? {
         if bytes.len() + chunk.len() > MAX_BODY {
             return Err(failure(true, "response too large".to_owned()));
         }
@@ -141,6 +141,10 @@ fn connection_failure(error: reqwest::Error) -> Failure {
     Failure { slow: timed_out, ..Failure::fault(format_args!("connection failed: {what}")) }
 }
 
+fn cut_short(error: reqwest::Error) -> Failure {
+    Failure { slow: true, ..connection_failure(error) }
+}
+
 async fn web_socket(
     url: &SecretUrl,
     connection: &Mutex<Option<PubSubFrontend>>,
@@ -163,7 +167,8 @@ async fn web_socket(
             if !matches!(error, RpcError::ErrorResp(_)) {
                 *connection.lock().await = None;
             }
-            Err(Failure::fault(error))
+            // Perhaps the answer was too large for a message.
+            Err(Failure { slow: true, ..Failure::fault(error) })
         }
     }
 }

@@ -17,9 +17,11 @@ use crate::store::{Quarantined, Stretch};
 
 /// Logs of a stretch of blocks with the escrows found in them.
 #[derive(Default)]
-struct Harvest {
+pub(super) struct Harvest {
     /// Each log once, by block and log index.
     logs: BTreeMap<(u64, u64), Log>,
+    /// Of which fork each block with logs is.
+    forks: HashMap<u64, B256>,
     /// Escrows not registered before, with the block that announced each.
     fresh: HashMap<Address, BlockRef>,
 }
@@ -54,6 +56,7 @@ impl<C: Chain> Scanner<C> {
             // The block before is not the one that was accepted.
             return self.look_back().await;
         };
+        self.suspected = None;
         let times = self.times(&harvest, end).await?;
         let mut marks: BTreeMap<u64, BlockRef> = BTreeMap::new();
         let is_final = self.finalized.is_some_and(|finalized| range.to() <= finalized);
@@ -374,7 +377,7 @@ impl<C: Chain> Scanner<C> {
 
 impl Harvest {
     /// Adds one answer's logs. `end` is the header of the last block: the logs there must be of that fork.
-    fn gather(&mut self, logs: Vec<Log>, range: BlockRange, end: &Header) -> Result<(), Trouble> {
+    pub(super) fn gather(&mut self, logs: Vec<Log>, range: BlockRange, end: &Header) -> Result<(), Trouble> {
         for log in logs {
             let number = log.block.number;
             if !range.contains(number) {
@@ -385,19 +388,27 @@ impl Harvest {
             if number == end.block.number && log.block.hash != end.block.hash {
                 return Err(Trouble::Disagreement(format!("logs and header of block {number} differ")));
             }
+            if *self.forks.entry(number).or_insert(log.block.hash) != log.block.hash {
+                return Err(Trouble::Disagreement(format!("logs of two forks of block {number}")));
+            }
             match self.logs.entry((number, log.log_index)) {
                 Entry::Vacant(vacant) => {
                     vacant.insert(log);
                 }
                 // A log said twice counts once.
-                Entry::Occupied(known) if known.get().block == log.block => {}
+                Entry::Occupied(known) if is_same(known.get(), &log) => {}
                 Entry::Occupied(_) => {
-                    return Err(Trouble::Disagreement(format!("logs of two forks of block {number}")));
+                    return Err(Trouble::Disagreement(format!("two logs with one index in block {number}")));
                 }
             }
         }
         Ok(())
     }
+}
+
+fn is_same(one: &Log, other: &Log) -> bool {
+    (one.transaction_hash, one.address, &one.topics, &one.data)
+        == (other.transaction_hash, other.address, &other.topics, &other.data)
 }
 
 /// The header of a range's last block: without it the node is behind, and an empty list of logs means nothing.

@@ -332,6 +332,52 @@ async fn refusals_change_the_plan_and_nothing_is_skipped() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn reading_goes_on_when_finality_is_no_longer_told() {
+    let chain = Fake::new(Some(5));
+    (0..20).for_each(|_| chain.extend(&[], &[]));
+    let store = open_store();
+    let mut scanner = scanner(&chain, &store, &[], Until::Forever);
+    settle(&mut scanner).await;
+    // Finality is due again, and the provider turned to does not know the tag.
+    (0..70).for_each(|_| chain.extend(&[], &[]));
+    settle(&mut scanner).await;
+    chain.extend(&[], &[]);
+    chain.refusals.lock().unwrap().push_back(Refused::UnknownTag("finalized".into()));
+    settle(&mut scanner).await;
+    assert_eq!(store.cursor().unwrap().number, 91);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_absurd_head_is_forgotten_with_the_next_answer() {
+    let chain = Fake::new(None);
+    (0..30).for_each(|_| chain.extend(&[], &[]));
+    let store = open_store();
+    let mut scanner = scanner(&chain, &store, &[("chain.finality_depth", "10")], Until::Forever);
+    settle(&mut scanner).await;
+    scanner.note_finality(u64::MAX, None);
+    chain.drop_newest(1);
+    chain.extend(&[], &[]);
+    chain.extend(&[], &[]);
+    settle(&mut scanner).await;
+    settle(&mut scanner).await;
+    let head = chain.blocks.lock().unwrap().last().unwrap().header.block;
+    assert_eq!((store.cursor(), store.finalized()), (Some(head), Some(head.number - 10)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn two_logs_that_claim_one_place_are_not_believed() {
+    let chain = Fake::new(Some(64));
+    chain.extend(&[1], &[1]);
+    let mut harvest = read::Harvest::default();
+    let block = chain.blocks.lock().unwrap()[1].clone();
+    let range = BlockRange::new(1, 1).unwrap();
+    harvest.gather(block.logs.clone(), range, &block.header).unwrap();
+    harvest.gather(block.logs.clone(), range, &block.header).unwrap();
+    let wrong = Log { log_index: 0, ..block.logs[1].clone() };
+    assert!(matches!(harvest.gather(vec![wrong], range, &block.header), Err(Trouble::Disagreement(_))));
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_provider_that_wants_addresses_gets_chunks_of_them() {
     let chain = Fake::new(Some(64));
     chain.extend(&[1, 2, 3, 4, 5], &[]);

@@ -316,10 +316,9 @@ impl<S: Sink> Publisher<S> {
     }
 
     fn hand_over(&mut self) {
-        if let Some(outage) = &self.outage {
-            if self.in_flight.is_empty() && outage.resume_at <= Instant::now() {
-                self.probe();
-            }
+        let now = Instant::now();
+        if self.in_flight.is_empty() && self.outage.as_ref().is_some_and(|outage| outage.resume_at <= now) {
+            self.probe();
         }
         if self.outage.is_some() {
             return;

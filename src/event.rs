@@ -124,6 +124,8 @@ pub struct Event {
     pub name: String,
     /// Whether it announces the escrow.
     pub announces: bool,
+    /// Whether it ends the escrow's life.
+    pub ends: bool,
     /// Its block.
     pub block: BlockRef,
     /// The transaction's place in its block.

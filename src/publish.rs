@@ -24,12 +24,11 @@ use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use thiserror::Error;
 use tokio::sync::watch;
-use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tracing::{error, info, warn};
 
 use crate::config;
-use crate::store::{Claimed, Entry, Store, StoreError};
+use crate::store::{Claimed, Entry, Store, StoreError, on_disk};
 use lane::{Lane, LaneId, Recovered};
 
 /// Messages of a lane handed over at once, at most: what one Pub/Sub request takes.
@@ -117,6 +116,7 @@ pub enum PublishError {
 }
 
 type Finished = (LaneId, usize, Receipt);
+type Commit = Pin<Box<dyn Future<Output = Result<(), StoreError>> + Send>>;
 
 /// Publishes the event log, one step at a time.
 pub struct Publisher<S> {
@@ -138,7 +138,8 @@ pub struct Publisher<S> {
     /// Messages held in memory.
     held: usize,
     acknowledged: Vec<u64>,
-    committing: Option<(usize, JoinHandle<Result<(), StoreError>>)>,
+    /// The commit under way and how many acknowledgements it holds.
+    committing: Option<(usize, Commit)>,
     outage: Option<Outage>,
     /// Lanes whose last attempt found the sink unavailable.
     failing: HashSet<LaneId>,
@@ -247,11 +248,7 @@ impl<S: Sink> Publisher<S> {
             return Ok(());
         }
         let room = self.window().saturating_sub(self.held).clamp(1, RUN_MESSAGES);
-        let store = Arc::clone(&self.store);
-        let claimed = match tokio::task::spawn_blocking(move || store.claim(room)).await {
-            Ok(claimed) => claimed?,
-            Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
-        };
+        let claimed = on_disk(&self.store, move |store| store.claim(room)).await?;
         for Claimed { position, entry } in claimed {
             let id = LaneId::of(&entry, self.ordering, self.sink.is_sequential());
             let message = Arc::new(self.message(&entry));
@@ -473,8 +470,8 @@ impl<S: Sink> Publisher<S> {
         }
         let positions = std::mem::take(&mut self.acknowledged);
         let (count, store) = (positions.len(), Arc::clone(&self.store));
-        let commit = tokio::task::spawn_blocking(move || store.acknowledge(positions));
-        self.committing = Some((count, commit));
+        let commit = async move { on_disk(&store, |store| store.acknowledge(positions)).await };
+        self.committing = Some((count, Box::pin(commit)));
     }
 
     fn committed(&mut self, (count, result): (usize, Result<(), StoreError>)) -> Result<(), PublishError> {
@@ -497,17 +494,11 @@ impl<S: Sink> Publisher<S> {
 }
 
 /// The commit under way; pends for ever if there is none.
-async fn commit_of(
-    committing: &mut Option<(usize, JoinHandle<Result<(), StoreError>>)>,
-) -> (usize, Result<(), StoreError>) {
+async fn commit_of(committing: &mut Option<(usize, Commit)>) -> (usize, Result<(), StoreError>) {
     let Some((count, commit)) = committing else {
         return std::future::pending().await;
     };
-    let count = *count;
-    let result = match commit.await {
-        Ok(result) => result,
-        Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
-    };
+    let done = (*count, commit.await);
     *committing = None;
-    (count, result)
+    done
 }

@@ -15,6 +15,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use alloy::primitives::{Address, B256};
 use thiserror::Error;
 use tracing::{debug, info, warn};
 
@@ -23,7 +24,7 @@ pub use limits::Limits;
 
 use crate::config;
 use crate::event::{BlockRange, BlockRef, Header, Signatures};
-use crate::store::{Store, StoreError};
+use crate::store::{Store, StoreError, on_disk};
 
 /// Unfinal blocks linked and committed together, at most: bounds a batch and a commit.
 const LINKED_BLOCKS: u64 = 50;
@@ -78,9 +79,9 @@ pub struct Scanner<C> {
     store: Arc<Store>,
     signatures: Arc<Signatures>,
     settings: config::Chain,
-    factory: alloy::primitives::Address,
-    topics: Arc<[alloy::primitives::B256]>,
-    lifecycle_topics: Arc<[alloy::primitives::B256]>,
+    factory: Address,
+    topics: Arc<[B256]>,
+    lifecycle_topics: Arc<[B256]>,
     limits: Limits,
     until: Until,
     /// The highest block that may be read now.
@@ -441,20 +442,21 @@ impl<C: Chain> Scanner<C> {
                 Ok(Step::Progress)
             }
             // Not a question of size: no smaller plan helps.
-            Refused::Halve(_) | Refused::FewerAddresses(_) | Refused::Unknown(_) if blocks == 0 => {
+            Refused::Halve(_) | Refused::FewerAddresses(_) | Refused::Unknown(_) | Refused::Slow(_)
+                if blocks == 0 =>
+            {
                 Ok(Step::Wait(GIVE_REST))
             }
-            Refused::Halve(_) if self.limits.halve(blocks) => Ok(Step::Progress),
-            Refused::Unknown(_) if self.limits.halve(blocks) => Ok(Step::Progress),
+            Refused::Halve(_) | Refused::Unknown(_) | Refused::Slow(_) if self.limits.halve(blocks) => {
+                Ok(Step::Progress)
+            }
             Refused::FewerAddresses(_) if self.limits.cap_addresses() => Ok(Step::Progress),
             Refused::Halve(_) | Refused::Unknown(_) if self.limits.fewer_addresses() => Ok(Step::Progress),
-            Refused::FewerAddresses(_) | Refused::Halve(_) | Refused::Unknown(_) => Ok(Step::Wait(GIVE_REST)),
+            Refused::FewerAddresses(_) | Refused::Halve(_) | Refused::Unknown(_) | Refused::Slow(_) => {
+                Ok(Step::Wait(GIVE_REST))
+            }
             Refused::Behind(_) => Ok(Step::Wait(SECOND_LOOK)),
             Refused::UnknownTag(why) => Ok(self.tag_is_missing(&why)),
-            Refused::Slow(_) => Ok(match self.limits.halve(blocks) {
-                true if blocks > 0 => Step::Progress,
-                _ => Step::Wait(GIVE_REST),
-            }),
             Refused::HistoryGone(_) | Refused::Unsupported(_) => {
                 if !std::mem::replace(&mut self.said.behind, true) {
                     warn!("{refused}: use another provider in rpc.urls; waiting");
@@ -492,17 +494,5 @@ impl Trouble {
 impl From<StoreError> for Trouble {
     fn from(error: StoreError) -> Self {
         Self::Store(error)
-    }
-}
-
-/// Runs a store operation off the async threads: it waits for the disk.
-async fn on_disk<T: Send + 'static>(
-    store: &Arc<Store>,
-    work: impl FnOnce(&Store) -> Result<T, StoreError> + Send + 'static,
-) -> Result<T, StoreError> {
-    let store = Arc::clone(store);
-    match tokio::task::spawn_blocking(move || work(&store)).await {
-        Ok(result) => result,
-        Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
     }
 }

@@ -20,11 +20,11 @@ mod schema;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, RwLock, RwLockReadGuard};
+use std::sync::{Arc, Mutex, MutexGuard, RwLock, RwLockReadGuard};
 
 use alloy::primitives::Address;
 use redb::{
@@ -137,8 +137,6 @@ pub struct Stretch {
     pub announced: Vec<(Address, BlockRef)>,
     /// Events in the order of [`Event::order`].
     pub events: Vec<Event>,
-    /// Which of `events` end their escrow's life.
-    pub ends: HashSet<(u64, u64)>,
     /// Logs that do not decode.
     pub quarantined: Vec<Quarantined>,
     /// Blocks whose hashes may be needed to find where a fork began, ascending; the last one is the new cursor.
@@ -335,9 +333,6 @@ impl Store {
             for block in &stretch.blocks {
                 while let Some(event) = events.next_if(|event| event.block.number <= block.number) {
                     let entry = lanes.event(event)?;
-                    if stretch.ends.contains(&(event.block.number, event.log_index)) {
-                        lanes.end(event.escrow, event.block.number)?;
-                    }
                     log.insert(progress.next_position, encode(&entry)?.as_slice())?;
                     progress.next_position += 1;
                 }
@@ -484,6 +479,18 @@ impl Store {
     /// How many entries the log holds.
     pub fn log_len(&self) -> Result<u64, StoreError> {
         Ok(self.db.begin_read()?.open_table(EVENT_LOG)?.len()?)
+    }
+}
+
+/// Runs a store operation off the async threads: it waits for the disk.
+pub(crate) async fn on_disk<T: Send + 'static>(
+    store: &Arc<Store>,
+    work: impl FnOnce(&Store) -> Result<T, StoreError> + Send + 'static,
+) -> Result<T, StoreError> {
+    let store = Arc::clone(store);
+    match tokio::task::spawn_blocking(move || work(&store)).await {
+        Ok(result) => result,
+        Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
     }
 }
 

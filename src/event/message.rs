@@ -108,16 +108,6 @@ impl Body {
         finished.extend_from_slice(&self.bytes[self.gap..]);
         finished
     }
-
-    /// Size without the sequence, in bytes.
-    pub fn len(&self) -> usize {
-        self.bytes.len()
-    }
-
-    /// Never: a body always has its envelope.
-    pub fn is_empty(&self) -> bool {
-        self.bytes.is_empty()
-    }
 }
 
 /// Every argument once more at the top level, except where the envelope has the name already: consumers of

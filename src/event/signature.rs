@@ -65,6 +65,8 @@ struct Signature {
     names: Vec<String>,
     /// Which argument names the escrow (announcements only).
     child: Option<usize>,
+    /// Whether it ends an escrow's life.
+    ends: bool,
 }
 
 /// What a log turned out to be.
@@ -100,6 +102,7 @@ impl Decoded<'_> {
             emitter: log.address,
             name: signature.abi.name.clone(),
             announces: signature.child.is_some(),
+            ends: signature.ends,
             block: log.block,
             transaction_index: log.transaction_index,
             log_index: log.log_index,
@@ -117,7 +120,6 @@ pub struct Signatures {
     known: HashMap<(Role, B256), HashMap<usize, Signature>>,
     topics: Vec<B256>,
     lifecycle_topics: Vec<B256>,
-    terminal: BTreeSet<String>,
     identity: Vec<String>,
 }
 
@@ -134,28 +136,27 @@ impl Signatures {
             known: HashMap::new(),
             topics: Vec::new(),
             lifecycle_topics: Vec::new(),
-            terminal: terminal.iter().cloned().collect(),
             identity: Vec::new(),
         };
         for event in factory {
             let index = child_index(event, child)?;
-            set.add(Role::Announcement, event, Some(index))?;
+            set.add(Role::Announcement, Signature::new(event, Some(index), false)?)?;
         }
         for event in lifecycle {
-            set.add(Role::Lifecycle, event, None)?;
+            set.add(Role::Lifecycle, Signature::new(event, None, terminal.contains(&event.name))?)?;
         }
         set.identity.sort();
         Ok(set)
     }
 
-    fn add(&mut self, role: Role, abi: &AbiEvent, child: Option<usize>) -> Result<(), SignatureError> {
-        let signature = Signature::new(abi, child)?;
+    fn add(&mut self, role: Role, signature: Signature) -> Result<(), SignatureError> {
+        let abi = &signature.abi;
         let topic = abi.selector();
         let kind = match role {
             Role::Announcement => "factory",
             Role::Lifecycle => "escrow",
         };
-        let child = child.map(|index| format!(" [{}]", signature.names[index])).unwrap_or_default();
+        let child = signature.child.map(|index| format!(" [{}]", signature.names[index])).unwrap_or_default();
         self.identity.push(format!("{kind}: {}{child}", abi.full_signature()));
         let same_topic = self.known.entry((role, topic)).or_default();
         let topics = 1 + abi.inputs.iter().filter(|input| input.indexed).count();
@@ -181,11 +182,6 @@ impl Signatures {
     /// The escrows' topic0s: the filter for escrows just discovered.
     pub fn lifecycle_topics(&self) -> &[B256] {
         &self.lifecycle_topics
-    }
-
-    /// Whether an event of that name ends an escrow's life.
-    pub fn is_terminal(&self, name: &str) -> bool {
-        self.terminal.contains(name)
     }
 
     /// The set as sorted text: part of the store's identity, for history was read with exactly these.
@@ -216,7 +212,7 @@ impl Signatures {
 }
 
 impl Signature {
-    fn new(abi: &AbiEvent, child: Option<usize>) -> Result<Self, SignatureError> {
+    fn new(abi: &AbiEvent, child: Option<usize>, ends: bool) -> Result<Self, SignatureError> {
         let decoder = abi.resolve().map_err(|error| SignatureError::Unresolvable {
             signature: abi.full_signature(),
             reason: error.to_string(),
@@ -230,7 +226,7 @@ impl Signature {
                 argument: argument.clone(),
             });
         }
-        Ok(Self { abi: abi.clone(), decoder, names, child })
+        Ok(Self { abi: abi.clone(), decoder, names, child, ends })
     }
 
     /// The arguments in the order of the signature.

@@ -2,8 +2,9 @@
 
 use tracing::{info, warn};
 
-use super::{Answer, BlockTag, Call, Chain, SECOND_LOOK, Scanner, Step, Trouble, on_disk};
+use super::{Answer, BlockTag, Call, Chain, SECOND_LOOK, Scanner, Step, Trouble};
 use crate::event::{BlockRef, Header};
+use crate::store::on_disk;
 
 /// Remembered blocks looked up in one round trip.
 const LOOK_BACK: usize = 64;

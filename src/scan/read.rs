@@ -8,12 +8,10 @@ use std::time::Instant;
 use alloy::primitives::{Address, B256};
 use tracing::{info, warn};
 
-use super::{
-    Answer, BlockTag, Call, Chain, LINKED_BLOCKS, LogFilter, Refused, Scanner, Span, Step, Trouble, on_disk,
-};
+use super::{Answer, BlockTag, Call, Chain, LINKED_BLOCKS, LogFilter, Refused, Scanner, Span, Step, Trouble};
 use crate::config::Reading;
 use crate::event::{BlockRange, BlockRef, Header, Log, Recognised, Role};
-use crate::store::{Quarantined, Stretch};
+use crate::store::{Quarantined, Stretch, on_disk};
 
 /// Logs of a stretch of blocks with the escrows found in them.
 #[derive(Default)]
@@ -77,7 +75,7 @@ impl<C: Chain> Scanner<C> {
     async fn harvest_range(
         &self,
         range: BlockRange,
-        watched: &Arc<Vec<Address>>,
+        watched: &[Address],
     ) -> Result<(Option<Header>, Harvest), Trouble> {
         // What was accepted unfinal may have left the chain since, and be final by now on another fork.
         let cursor = self.store.cursor().filter(|cursor| self.proven != Some(*cursor));
@@ -201,7 +199,7 @@ impl<C: Chain> Scanner<C> {
         self.suspected = None;
         let watched = self.store.registry().watched();
         let everyone = self.limits.topics_only(watched.len() + 1);
-        let harvest = match self.harvest_linked(&headers, &watched).await {
+        let harvest = match self.harvest_linked(&headers, &watched, everyone).await {
             Err(Trouble::Refused {
                 refused: Refused::FewerAddresses(_) | Refused::Halve(_) | Refused::Unknown(_),
                 ..
@@ -247,57 +245,49 @@ impl<C: Chain> Scanner<C> {
         }
     }
 
+    /// `everyone`: by hash one call without addresses covers any number of escrows; the registry picks out theirs.
     async fn harvest_linked(
         &self,
         headers: &[Header],
-        watched: &Arc<Vec<Address>>,
+        watched: &[Address],
+        everyone: bool,
     ) -> Result<Harvest, Trouble> {
-        // By hash one call without addresses covers any number of escrows; the registry picks out theirs.
-        let everyone = self.limits.topics_only(watched.len() + 1);
-        let calls =
-            |addresses: &[Address], factory: Option<Address>, topics: &Arc<[B256]>, header: &Header| {
-                let span = Span::Block(header.block.hash);
-                if everyone {
-                    let topics = Arc::clone(topics);
-                    return vec![Call::Logs(LogFilter { span, addresses: Vec::new(), topics })];
-                }
-                self.log_calls(span, factory, addresses, topics)
-            };
         let mut harvest = Harvest::default();
-        let mut asked = Vec::new();
-        let mut of = Vec::new();
-        for header in headers {
-            let block = calls(watched, Some(self.factory), &self.topics, header);
-            of.extend(std::iter::repeat_n(*header, block.len()));
-            asked.extend(block);
-        }
-        self.gather_linked(&mut harvest, asked, of).await?;
+        let first = |span| match everyone {
+            true => {
+                let topics = Arc::clone(&self.topics);
+                vec![Call::Logs(LogFilter { span, addresses: Vec::new(), topics })]
+            }
+            false => self.log_calls(span, Some(self.factory), watched, &self.topics),
+        };
+        self.gather_linked(&mut harvest, headers, |header| first(Span::Block(header.block.hash))).await?;
         let fresh = self.discover(&mut harvest);
         if fresh.is_empty() || everyone {
             return Ok(harvest);
         }
-        let (mut asked, mut of) = (Vec::new(), Vec::new());
-        for header in headers {
-            let there: Vec<Address> = fresh
-                .iter()
-                .filter(|(_, block)| block.number <= header.block.number)
-                .map(|(address, _)| *address)
-                .collect();
-            let block = calls(&there, None, &self.lifecycle_topics, header);
-            of.extend(std::iter::repeat_n(*header, block.len()));
-            asked.extend(block);
-        }
-        self.gather_linked(&mut harvest, asked, of).await?;
+        let again = |header: &Header| {
+            let announced = fresh.iter().filter(|(_, block)| block.number <= header.block.number);
+            let addresses: Vec<Address> = announced.map(|(address, _)| *address).collect();
+            self.log_calls(Span::Block(header.block.hash), None, &addresses, &self.lifecycle_topics)
+        };
+        self.gather_linked(&mut harvest, headers, again).await?;
         Ok(harvest)
     }
 
+    /// Asks what `calls` says for each block, all in one go.
     async fn gather_linked(
         &self,
         harvest: &mut Harvest,
-        calls: Vec<Call>,
-        of: Vec<Header>,
+        headers: &[Header],
+        calls: impl Fn(&Header) -> Vec<Call>,
     ) -> Result<(), Trouble> {
-        for (answer, header) in self.ask(calls).await?.into_iter().zip(of) {
+        let (mut asked, mut of) = (Vec::new(), Vec::new());
+        for header in headers {
+            let block = calls(header);
+            of.extend(std::iter::repeat_n(*header, block.len()));
+            asked.extend(block);
+        }
+        for (answer, header) in self.ask(asked).await?.into_iter().zip(of) {
             let block = BlockRange::new(header.block.number, header.block.number).expect("one block");
             harvest.gather(answer.logs(), block, &header)?;
         }
@@ -346,9 +336,9 @@ impl<C: Chain> Scanner<C> {
         for log in harvest.logs.values() {
             let registered = registry.contains(&log.address)
                 || harvest.fresh.get(&log.address).is_some_and(|block| log.block.number >= block.number);
-            let recognised = match self.signatures.recognise(Role::Announcement, log) {
-                _ if log.address != self.factory => Recognised::Unknown,
-                recognised => recognised,
+            let recognised = match log.address == self.factory {
+                true => self.signatures.recognise(Role::Announcement, log),
+                false => Recognised::Unknown,
             };
             let recognised = match recognised {
                 Recognised::Unknown if registered => self.signatures.recognise(Role::Lifecycle, log),
@@ -358,13 +348,9 @@ impl<C: Chain> Scanner<C> {
                 Recognised::Unknown => {}
                 Recognised::Malformed(reason) => stretch.quarantined.push(quarantined(log, reason)),
                 Recognised::Known(decoded) => {
-                    let time =
-                        log.block_timestamp.or_else(|| times.get(&log.block.number).copied()).unwrap_or(0);
-                    let event = decoded.event(self.settings.id, log, time);
-                    if self.signatures.is_terminal(&event.name) && !event.announces {
-                        stretch.ends.insert((log.block.number, log.log_index));
-                    }
-                    stretch.events.push(event);
+                    // Every block with logs has its time by now: from its header, or from a log of it.
+                    let time = times[&log.block.number];
+                    stretch.events.push(decoded.event(self.settings.id, log, time));
                 }
             }
         }

@@ -56,12 +56,6 @@ impl<'txn> Lanes<'txn> {
         Ok(())
     }
 
-    pub fn end(&mut self, address: Address, block: u64) -> Result<(), StoreError> {
-        let escrow = self.lane(address)?;
-        escrow.ended = escrow.ended.or(Some(block));
-        Ok(())
-    }
-
     /// Forgets an end of life in blocks that left the chain.
     pub fn reopen(&mut self, address: Address, above: u64) -> Result<(), StoreError> {
         let escrow = self.lane(address)?;
@@ -83,6 +77,9 @@ impl<'txn> Lanes<'txn> {
         let (epoch, now) = (self.epoch, self.now);
         let escrow = self.lane(event.escrow)?;
         escrow.last_sequence += 1;
+        if event.ends {
+            escrow.ended.get_or_insert(event.block.number);
+        }
         Ok(Entry {
             kind: Kind::Event,
             name: event.name.clone(),

@@ -21,6 +21,7 @@
 //! acknowledgement was not yet committed (at most `sink.max_outstanding`), as a contiguous run, with the same
 //! `event_id` and the same bytes. A message is withdrawn (`Retracted`) exactly when its own block leaves the chain.
 
+mod backoff;
 pub mod check;
 pub mod config;
 pub mod event;

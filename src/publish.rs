@@ -27,6 +27,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use tracing::{error, info, warn};
 
+use crate::backoff::Backoff;
 use crate::config;
 use crate::store::{Claimed, Entry, Store, StoreError, on_disk};
 use lane::{Lane, LaneId, Recovered};
@@ -151,7 +152,7 @@ pub struct Publisher<S> {
 struct Outage {
     since: Instant,
     resume_at: Instant,
-    attempts: u32,
+    backoff: Backoff,
 }
 
 impl<S: Sink> Publisher<S> {
@@ -403,12 +404,12 @@ impl<S: Sink> Publisher<S> {
                 return Ok(());
             }
             Some(SinkError::Unavailable(reason)) => {
-                let pause = lane.unavailable();
+                let (pause, newly) = lane.unavailable();
                 self.retries.insert((Instant::now() + pause, id));
                 // A blocked lane has its own pause; the others tell whether there is an outage.
                 if !lane.is_blocked() {
                     self.failing.insert(id);
-                    self.suspect_outage(id, &reason);
+                    self.suspect_outage(id, newly, &reason);
                 }
                 return Ok(());
             }
@@ -425,21 +426,21 @@ impl<S: Sink> Publisher<S> {
     }
 
     /// Several lanes failing, or the only one there is, looks like an outage.
-    fn suspect_outage(&mut self, id: LaneId, reason: &str) {
+    fn suspect_outage(&mut self, id: LaneId, newly: bool, reason: &str) {
         let now = Instant::now();
         if let Some(outage) = &mut self.outage {
             // Runs that were under way when it began fail together: they are one step of the backoff.
             if outage.resume_at <= now {
-                outage.attempts += 1;
-                outage.resume_at = now + lane::pause(outage.attempts);
+                outage.resume_at = now + outage.backoff.pause();
             }
             return;
         }
         if self.failing.len() >= 2 || self.failing.len() == self.lanes.len() {
             warn!(sink = self.sink.name(), %reason, waiting = self.store.waiting(),
                 "{} is unavailable: messages wait in order until it answers", self.sink.name());
-            self.outage = Some(Outage { since: now, resume_at: now + lane::pause(1), attempts: 1 });
-        } else if self.lanes[&id].attempts() == 1 {
+            let mut backoff = Backoff::growing();
+            self.outage = Some(Outage { since: now, resume_at: now + backoff.pause(), backoff });
+        } else if newly {
             warn!(sink = self.sink.name(), lane = %id, %reason, "A lane could not be published: trying again");
         }
     }

@@ -9,14 +9,12 @@ use alloy::primitives::Address;
 use tokio::time::Instant;
 
 use super::Message;
+use crate::backoff::Backoff;
 use crate::config::Ordering;
 use crate::store::Entry;
 
-/// The first pause after a failure; it doubles up to [`LONGEST_PAUSE`].
-const FIRST_PAUSE: Duration = Duration::from_millis(200);
-const LONGEST_PAUSE: Duration = Duration::from_secs(30);
-/// How often a refused message is offered again: someone has to change something first.
-const BLOCKED_PAUSE: Duration = Duration::from_secs(60);
+/// How often a refused message is offered again (jitter doubles it at most): someone has to change something first.
+const BLOCKED_PAUSE: Duration = Duration::from_secs(30);
 
 /// Which lane.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -62,22 +60,6 @@ fn bucket(escrow: &Address, buckets: u32) -> u32 {
     u32::from_be_bytes([a, b, c, d]) % buckets
 }
 
-/// The pause before attempt `attempts` + 1, with jitter so that lanes do not come in step.
-pub(super) fn pause(attempts: u32) -> Duration {
-    let whole = FIRST_PAUSE.saturating_mul(1 << attempts.saturating_sub(1).min(16)).min(LONGEST_PAUSE);
-    jittered(whole)
-}
-
-fn jittered(pause: Duration) -> Duration {
-    pause.mul_f64(0.75 + 0.5 * fraction())
-}
-
-/// A number in 0..1 that differs from call to call; nothing depends on its quality.
-fn fraction() -> f64 {
-    use std::hash::{BuildHasher, RandomState};
-    (RandomState::new().hash_one(0) >> 11) as f64 / (1u64 << 53) as f64
-}
-
 /// The end of a lane's trouble.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Recovered {
@@ -99,7 +81,8 @@ pub(super) struct Lane {
     added: usize,
     /// After a failure messages go singly, to find the one at fault; then in growing runs again.
     run_limit: Option<usize>,
-    attempts: u32,
+    /// Since the first failed attempt after the last success.
+    backoff: Option<Backoff>,
     paused: bool,
     blocked: Option<String>,
     sent_at: Option<Instant>,
@@ -142,11 +125,6 @@ impl Lane {
         self.outstanding
     }
 
-    /// Failed attempts since the last success.
-    pub fn attempts(&self) -> u32 {
-        self.attempts
-    }
-
     pub fn under_way_for(&self) -> Option<Duration> {
         self.sent_at.map(|at| at.elapsed())
     }
@@ -187,7 +165,7 @@ impl Lane {
 
     /// What trouble is over, if there was any.
     pub fn succeeded(&mut self) -> Option<Recovered> {
-        let failed = std::mem::take(&mut self.attempts) > 0;
+        let failed = self.backoff.take().is_some();
         self.run_limit = self.run_limit.map(|limit| limit * 2).filter(|limit| *limit < super::RUN_MESSAGES);
         match self.blocked.take() {
             Some(_) => Some(Recovered::Unblocked),
@@ -217,14 +195,14 @@ impl Lane {
             return (Duration::ZERO, false);
         }
         let newly = self.blocked.replace(reason.to_owned()).is_none();
-        (jittered(BLOCKED_PAUSE), newly)
+        (Backoff::steady(BLOCKED_PAUSE).pause(), newly)
     }
 
-    /// The pause before the next attempt.
-    pub fn unavailable(&mut self) -> Duration {
+    /// The pause before the next attempt, and whether this trouble is new.
+    pub fn unavailable(&mut self) -> (Duration, bool) {
         self.run_limit = Some(1);
         self.paused = true;
-        self.attempts += 1;
-        pause(self.attempts)
+        let newly = self.backoff.is_none();
+        (self.backoff.get_or_insert_with(Backoff::growing).pause(), newly)
     }
 }

@@ -3,15 +3,15 @@
 use std::sync::{Mutex, MutexGuard as StdGuard};
 use std::time::Duration;
 
-use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
 use tokio::sync::MutexGuard;
 use tokio::time::Instant;
 use tracing::{info, warn};
 
+use crate::backoff::Backoff;
 use crate::config::SecretUrl;
 
-const FIRST_PAUSE: Duration = Duration::from_millis(200);
-const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+/// A provider's hint is not taken for less than this.
+const SHORTEST_HINT: Duration = Duration::from_millis(200);
 
 #[derive(Default)]
 pub(super) struct Gate {
@@ -23,7 +23,7 @@ pub(super) struct Gate {
 struct Outage {
     since: Instant,
     resume_at: Instant,
-    pauses: ExponentialBackoff,
+    backoff: Backoff,
 }
 
 impl Gate {
@@ -43,12 +43,12 @@ impl Gate {
         let mut outage = self.lock();
         let current = outage.get_or_insert_with(|| {
             warn!(%provider, %reason, "The RPC provider does not answer: waiting, then trying again");
-            Outage { since: now, resume_at: now, pauses: pauses() }
+            Outage { since: now, resume_at: now, backoff: Backoff::growing() }
         });
         // Several requests under way fail together: that is one step of the backoff, not several.
         if current.resume_at <= now {
-            let pause = current.pauses.next().unwrap_or(LONGEST_PAUSE);
-            current.resume_at = now + hint.map_or(pause, |hint| hint.max(FIRST_PAUSE));
+            let pause = current.backoff.pause();
+            current.resume_at = now + hint.map_or(pause, |hint| hint.max(SHORTEST_HINT));
         }
     }
 
@@ -67,14 +67,4 @@ impl Gate {
     fn lock(&self) -> StdGuard<'_, Option<Outage>> {
         self.outage.lock().expect("no code that panics runs under this lock")
     }
-}
-
-fn pauses() -> ExponentialBackoff {
-    ExponentialBuilder::default()
-        .with_min_delay(FIRST_PAUSE)
-        .with_max_delay(LONGEST_PAUSE)
-        .with_factor(2.0)
-        .with_jitter()
-        .without_max_times()
-        .build()
 }

@@ -11,7 +11,7 @@ use crate::event::{BlockRange, Header};
 use crate::pubsub::find_topic;
 use crate::rpc::{Refusing, Rpc};
 use crate::scan::{Answer, BlockTag, Call, LogFilter, Refused, Span};
-use crate::store::Store;
+use crate::store::{Added, Store};
 use crate::{identity, signatures};
 
 /// One thing tried.
@@ -218,7 +218,23 @@ fn check_storage(config: &Config) -> Finding {
         Ok(signatures) => signatures,
         Err(error) => return finding(Outcome::Bad, name, error.to_string()),
     };
-    match Store::open(path, identity(config, &signatures), config.chain.start_block) {
+    let asked = identity(config, &signatures);
+    match Store::open(path, asked.clone(), config.chain.start_block, Added::Leave) {
+        Ok(store) if store.identity().signatures != asked.signatures => {
+            let known = &store.identity().signatures;
+            let added: Vec<&str> =
+                asked.signatures.iter().filter(|it| !known.contains(it)).map(String::as_str).collect();
+            finding(
+                Outcome::Notable,
+                name,
+                format!(
+                    "it was made without {}: a run reads the history from block {} on once more and publishes what it \
+                     finds as late, or, with --from-now, relays these events from the next block on",
+                    added.join(" and "),
+                    store.start_block()
+                ),
+            )
+        }
         Ok(store) => {
             let escrows = store.registry().len();
             finding(

@@ -37,6 +37,7 @@ use std::time::Duration;
 
 use thiserror::Error;
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
@@ -46,12 +47,14 @@ use publish::{PublishError, Publisher, Sink};
 use pubsub::ConfiguredSink;
 use rpc::Rpc;
 use scan::{ScanError, Scanner, Until};
-use store::{Identity, Store, StoreError};
+use store::{Added, Identity, Store, StoreError};
 
 /// What stopping may take for messages under way to be acknowledged: with the last commit it fits into 8 s.
 const DRAIN: Duration = Duration::from_secs(6);
 /// How often a paused reader looks whether there is room again.
 const ROOM: Duration = Duration::from_millis(200);
+/// While new blocks keep coming without a pause, each so many steps one goes to what has to be read late.
+const LATE_TURN: u64 = 8;
 
 /// Why a relay did not start, or ended.
 #[derive(Debug, Error)]
@@ -110,13 +113,15 @@ pub struct Relay {
 }
 
 impl Relay {
-    /// Opens the store and sets up the clients. Calls nobody yet.
-    pub async fn open(config: Config) -> Result<Self, RelayError> {
+    /// Opens the store and sets up the clients. Calls nobody yet. `added`: what to do about signatures that the store
+    /// has not read the history for.
+    pub async fn open(config: Config, added: Added) -> Result<Self, RelayError> {
         let signatures = signatures(&config)?;
         let store = Arc::new(Store::open(
             &config.storage.path,
             identity(&config, &signatures),
             config.chain.start_block,
+            added,
         )?);
         let rpc = Arc::new(Rpc::new(config.chain.id, &config.rpc)?);
         let sink = Arc::new(ConfiguredSink::open(&config.sink).await?);
@@ -147,6 +152,14 @@ impl Relay {
                 asked,
                 began,
                 "chain.start_block is {asked}, but this store began at block {began} and goes on from there"
+            );
+        }
+        if let Some((_, read)) = self.store.late_read() {
+            info!(
+                from = read.next,
+                signatures = read.signatures.len(),
+                "History has to be read once more, from block {} on: what it brings is published as late",
+                read.next
             );
         }
         // Either side's end, good or bad, must reach the other.
@@ -226,14 +239,27 @@ async fn scan_loop(
     read: CancellationToken,
 ) -> Result<(), RelayError> {
     let scanned = async {
+        let mut busy = 0;
         loop {
-            match scanner.step().await? {
-                scan::Step::Progress => wait_for_room(&store, max_waiting).await,
-                scan::Step::Idle => tokio::time::sleep(poll_interval).await,
-                scan::Step::Wait(pause) => tokio::time::sleep(pause).await,
-                scan::Step::Done => return Ok(()),
-            }
+            let pause = match scanner.step().await? {
+                scan::Step::Progress => {
+                    wait_for_room(&store, max_waiting).await;
+                    busy += 1;
+                    if busy % LATE_TURN != 0 {
+                        continue;
+                    }
+                    Duration::ZERO
+                }
+                scan::Step::Idle => poll_interval,
+                scan::Step::Wait(pause) => {
+                    tokio::time::sleep(pause).await;
+                    continue;
+                }
+                scan::Step::Done => break,
+            };
+            read_late(&mut scanner, &store, max_waiting, Some(Instant::now() + pause)).await?;
         }
+        read_late(&mut scanner, &store, max_waiting, None).await
     };
     let result = tokio::select! {
         biased;
@@ -245,6 +271,38 @@ async fn scan_loop(
         Err(_) => stop.cancel(),
     }
     result
+}
+
+/// Reads late what has to be read late: one step at least, until `deadline`; or to its end. Then sleeps until `deadline`.
+async fn read_late(
+    scanner: &mut Scanner<Rpc>,
+    store: &Store,
+    max_waiting: u64,
+    deadline: Option<Instant>,
+) -> Result<(), RelayError> {
+    loop {
+        let pause = match scanner.step_late().await? {
+            scan::Step::Progress => {
+                wait_for_room(store, max_waiting).await;
+                Duration::ZERO
+            }
+            scan::Step::Wait(pause) => pause,
+            scan::Step::Idle | scan::Step::Done => break,
+        };
+        let next = Instant::now() + pause;
+        tokio::time::sleep_until(deadline.map_or(next, |deadline| deadline.min(next))).await;
+        if deadline.is_some_and(|deadline| deadline <= next) {
+            return Ok(());
+        }
+    }
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline).await,
+        None if store.late_read().is_some() => warn!(
+            "History that has to be read once more waits for the first block to be accepted: the next run reads it"
+        ),
+        None => {}
+    }
+    Ok(())
 }
 
 /// Reading pauses while too much waits to be published.

@@ -1,13 +1,16 @@
 //! The command line: arguments, signals, exit codes.
 
+mod escrows;
+
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use clap::{Args, Parser, Subcommand};
-use relayer::config::{Config, Effective, Sources};
+use relayer::config::{Config, Sources};
 use relayer::scan::Until;
+use relayer::store::Added;
 use relayer::{Ending, Relay, check, telemetry};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info};
@@ -51,9 +54,18 @@ enum Command {
         /// the start) or a block number (waited for, if it is not there yet).
         #[arg(long, value_name = "head|BLOCK", value_parser = until)]
         until: Option<Until>,
+        /// Of events added to the configuration since the store was made, relay only those of blocks not yet read.
+        /// Without it the history is read once more for them, and what it brings is published as late.
+        #[arg(long)]
+        from_now: bool,
     },
     /// Tries everything a run needs and prints a line for each; exit 1 if something would not work.
     Check,
+    /// Lists the registered escrows, hands them over to another relayer, or takes them from one.
+    Escrows {
+        #[command(subcommand)]
+        command: escrows::Command,
+    },
     /// Prints the effective configuration, each value with where it came from; secrets are hidden.
     Config,
 }
@@ -97,7 +109,7 @@ fn main() -> ExitCode {
 }
 
 fn execute(cli: Cli) -> Result<ExitCode, Failure> {
-    let command = cli.command.unwrap_or(Command::Run { until: None });
+    let command = cli.command.unwrap_or(Command::Run { until: None, from_now: false });
     let sources = Sources::from_env(cli.options.config, cli.options.overrides);
     let (config, effective) =
         Config::load(&sources).map_err(|error| Failure { code: CONFIGURATION, error: error.into() })?;
@@ -107,23 +119,26 @@ fn execute(cli: Cli) -> Result<ExitCode, Failure> {
         .build()
         .context("the runtime cannot be started")?;
     let result = match command {
-        Command::Config => show(&effective),
+        Command::Config => print(format_args!("{effective}")).map(|()| ExitCode::SUCCESS).map_err(Into::into),
         Command::Check => Ok(runtime.block_on(check_all(&config))),
-        Command::Run { until } => runtime.block_on(run(config, until.unwrap_or(Until::Forever))),
+        Command::Run { until, from_now } => {
+            let added = if from_now { Added::FromNow } else { Added::Read };
+            runtime.block_on(run(config, until.unwrap_or(Until::Forever), added))
+        }
+        Command::Escrows { command } => escrows::execute(&config, command),
     };
     // A write that hangs must not hold up the exit.
     runtime.shutdown_timeout(Duration::from_secs(1));
     result
 }
 
-fn show(effective: &Effective) -> Result<ExitCode, Failure> {
+fn print(text: std::fmt::Arguments<'_>) -> anyhow::Result<()> {
     use std::io::{ErrorKind, Write};
-    match write!(std::io::stdout(), "{effective}") {
+    match std::io::stdout().write_fmt(text) {
         // The reader has seen enough.
-        Err(error) if error.kind() == ErrorKind::BrokenPipe => {}
-        written => written.context("standard output cannot be written")?,
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
+        written => written.context("standard output cannot be written"),
     }
-    Ok(ExitCode::SUCCESS)
 }
 
 async fn check_all(config: &Config) -> ExitCode {
@@ -134,14 +149,14 @@ async fn check_all(config: &Config) -> ExitCode {
     if good { ExitCode::SUCCESS } else { ExitCode::from(FAULT) }
 }
 
-async fn run(config: Config, until: Until) -> Result<ExitCode, Failure> {
+async fn run(config: Config, until: Until, added: Added) -> Result<ExitCode, Failure> {
     let stop = stop_on_signal()?;
     let fail = |error: relayer::RelayError| {
         let code = if error.is_configuration() { CONFIGURATION } else { FAULT };
         // Our errors name their causes themselves: as a chain they would say them twice.
         Failure { code, error: anyhow!("{error}") }
     };
-    let relay = Relay::open(config).await.map_err(fail)?;
+    let relay = Relay::open(config, added).await.map_err(fail)?;
     match relay.run(until, stop).await.map_err(fail)? {
         Ending::Complete | Ending::Stopped => Ok(ExitCode::SUCCESS),
         Ending::Blocked(lanes) => {

@@ -6,6 +6,7 @@
 
 mod chain;
 mod fork;
+mod late;
 mod limits;
 mod read;
 #[cfg(test)]
@@ -181,9 +182,16 @@ impl<C: Chain> Scanner<C> {
     pub async fn step(&mut self) -> Result<Step, ScanError> {
         match self.try_step().await {
             Ok(step) => Ok(step),
-            Err(Trouble::Store(error)) => Err(error.into()),
-            Err(Trouble::Refused { refused, blocks }) => self.replan(refused, blocks),
-            Err(Trouble::Disagreement(what)) => {
+            Err(trouble) => self.recover(trouble),
+        }
+    }
+
+    /// What to do after a step that read nothing.
+    fn recover(&mut self, trouble: Trouble) -> Result<Step, ScanError> {
+        match trouble {
+            Trouble::Store(error) => Err(error.into()),
+            Trouble::Refused { refused, blocks } => self.replan(refused, blocks),
+            Trouble::Disagreement(what) => {
                 self.recent.clear();
                 self.target = None;
                 if !std::mem::replace(&mut self.said.behind, true) {

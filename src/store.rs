@@ -13,6 +13,7 @@
 
 mod fork;
 mod lanes;
+mod late;
 mod opening;
 mod registry;
 mod runs;
@@ -20,7 +21,7 @@ mod schema;
 #[cfg(test)]
 mod tests;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -33,17 +34,18 @@ use redb::{
 use thiserror::Error;
 use tokio::sync::watch;
 
+pub use late::{Added, Imported, LateStretch};
 pub use registry::Registry;
-pub use schema::{Entry, Escrow, EscrowState, Identity, Kind, Quarantined};
+pub use schema::{Entry, Escrow, EscrowState, Identity, Kind, LateRead, Quarantined};
 
 use crate::event::{BlockRef, Event};
 use fork::{Fate, doomed, forget_final, log_end, newest_final};
 use lanes::Lanes;
-use opening::{begin_life, builder, compare, open_error, read_life};
+use opening::{begin_life, builder, compare, migrate, open_error, read_life};
 use runs::acknowledge;
 use schema::{
     ACKNOWLEDGED, BLOCKS, EVENT_LOG, MARKS, META, PROGRESS, Progress, QUARANTINE, REGISTRY, Remembered,
-    SCHEMA, WATERMARK, decode, encode,
+    WATERMARK, decode, encode,
 };
 
 /// What can go wrong with the store.
@@ -173,6 +175,7 @@ pub struct Store {
     epoch: u64,
     progress: Mutex<Progress>,
     registry: RwLock<Registry>,
+    late_reads: Mutex<BTreeMap<u64, LateRead>>,
     claims: Mutex<Claims>,
     waiting: AtomicU64,
     appended: watch::Sender<u64>,
@@ -188,14 +191,20 @@ struct Claims {
 }
 
 impl Store {
-    /// Opens the store at `path`, or makes it. `start_block` is needed the first time.
-    pub fn open(path: &Path, identity: Identity, start_block: Option<u64>) -> Result<Self, StoreError> {
+    /// Opens the store at `path`, or makes it. `start_block` is needed the first time; `added` says what to do if the
+    /// identity has signatures the store has not.
+    pub fn open(
+        path: &Path,
+        identity: Identity,
+        start_block: Option<u64>,
+        added: Added,
+    ) -> Result<Self, StoreError> {
         let new = !path.exists();
         if new && start_block.is_none() {
             return Err(StoreError::NoStartBlock { path: path.to_owned() });
         }
         let db = builder().create(path).map_err(|error| open_error(path, error))?;
-        Self::start(db, path, identity, start_block)
+        Self::start(db, path, identity, start_block, added)
     }
 
     /// The same on any backend: how tests crash it, count its syncs, or keep it in memory.
@@ -203,10 +212,11 @@ impl Store {
         backend: impl StorageBackend,
         identity: Identity,
         start_block: Option<u64>,
+        added: Added,
     ) -> Result<Self, StoreError> {
         let path = Path::new("(memory)");
         let db = builder().create_with_backend(backend).map_err(|error| open_error(path, error))?;
-        Self::start(db, path, identity, start_block)
+        Self::start(db, path, identity, start_block, added)
     }
 
     fn start(
@@ -214,17 +224,18 @@ impl Store {
         path: &Path,
         identity: Identity,
         start_block: Option<u64>,
+        added: Added,
     ) -> Result<Self, StoreError> {
-        let (life, progress) = match read_life(&db)? {
+        let (mut life, progress) = match read_life(&db)? {
             Some(found) => found,
             None => begin_life(&db, path, &identity, start_block)?,
         };
-        if life.schema != SCHEMA {
-            return Err(StoreError::Damaged {
-                what: format!("it has layout version {}, this program knows {SCHEMA}", life.schema),
-            });
+        migrate(&db, &mut life)?;
+        let new = compare(path, &life.identity, &identity)?;
+        if !new.is_empty() && added != Added::Leave {
+            late::add_signatures(&db, &mut life, &progress, &identity, new, added == Added::Read)?;
         }
-        compare(path, &life.identity, &identity)?;
+        let late_reads = Mutex::new(late::load(&db)?);
         let read = db.begin_read()?;
         let registry = Registry::load(&read.open_table(REGISTRY)?)?;
         let watermark = read.open_table(MARKS)?.get(WATERMARK)?.map_or(0, |mark| mark.value());
@@ -237,8 +248,9 @@ impl Store {
         let waiting = progress.next_position - watermark - acknowledged_above;
         Ok(Self {
             db,
-            identity,
+            identity: life.identity,
             epoch: life.epoch,
+            late_reads,
             claims: Mutex::new(Claims { next: watermark, seen_below: progress.next_position }),
             appended: watch::Sender::new(progress.next_position),
             progress: Mutex::new(progress),
@@ -332,7 +344,7 @@ impl Store {
             let mut events = stretch.events.iter().peekable();
             for block in &stretch.blocks {
                 while let Some(event) = events.next_if(|event| event.block.number <= block.number) {
-                    let entry = lanes.event(event)?;
+                    let entry = lanes.event(event, false)?;
                     log.insert(progress.next_position, encode(&entry)?.as_slice())?;
                     progress.next_position += 1;
                 }
@@ -360,7 +372,8 @@ impl Store {
         // Held throughout: a publisher must not claim what is being dropped.
         let claims = lock(&self.claims);
         let mut progress = lock(&self.progress).clone();
-        let above = ancestor.map_or(0, |block| block.number + 1);
+        // What a late read found before the store's first block is no concern of a fork that the store can see.
+        let above = ancestor.map_or(progress.start_block, |block| block.number + 1);
         let transaction = self.db.begin_write()?;
         let mut withdrawal = Withdrawal::default();
         let changed = {
@@ -398,11 +411,13 @@ impl Store {
             acknowledge(&transaction, &mut dropped)?;
             blocks.retain_in(above.., |_, _| false)?;
             transaction.open_table(QUARANTINE)?.retain_in((above, 0).., |_, _| false)?;
+            late::go_back(&transaction, above)?;
             progress.cursor = ancestor.map(|block| (block.number, block.hash));
             write_progress(&transaction, &progress)?;
             lanes.close()?
         };
         transaction.commit()?;
+        *lock(&self.late_reads) = late::load(&self.db)?;
         self.moved(progress, changed, withdrawal.dropped as u64);
         Ok(withdrawal)
     }

@@ -57,9 +57,11 @@ pub enum SignatureError {
 }
 
 /// One event the relayer knows.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Signature {
     abi: AbiEvent,
+    /// As it stands in the identity of the set.
+    text: String,
     decoder: DynSolEvent,
     /// Names of the arguments as consumers see them; an unnamed one is `arg<n>`.
     names: Vec<String>,
@@ -115,10 +117,11 @@ impl Decoded<'_> {
 ///
 /// The number of topics matters: the three generations of the ABI share names, and indexing an argument
 /// does not change topic0.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Signatures {
     known: HashMap<(Role, B256), HashMap<usize, Signature>>,
     topics: Vec<B256>,
+    announcement_topics: Vec<B256>,
     lifecycle_topics: Vec<B256>,
     identity: Vec<String>,
 }
@@ -132,12 +135,7 @@ impl Signatures {
         lifecycle: &[AbiEvent],
         terminal: &[String],
     ) -> Result<Self, SignatureError> {
-        let mut set = Self {
-            known: HashMap::new(),
-            topics: Vec::new(),
-            lifecycle_topics: Vec::new(),
-            identity: Vec::new(),
-        };
+        let mut set = Self::default();
         for event in factory {
             let index = child_index(event, child)?;
             set.add(Role::Announcement, Signature::new(event, Some(index), false)?)?;
@@ -152,12 +150,7 @@ impl Signatures {
     fn add(&mut self, role: Role, signature: Signature) -> Result<(), SignatureError> {
         let abi = &signature.abi;
         let topic = abi.selector();
-        let kind = match role {
-            Role::Announcement => "factory",
-            Role::Lifecycle => "escrow",
-        };
-        let child = signature.child.map(|index| format!(" [{}]", signature.names[index])).unwrap_or_default();
-        self.identity.push(format!("{kind}: {}{child}", abi.full_signature()));
+        self.identity.push(signature.text.clone());
         let same_topic = self.known.entry((role, topic)).or_default();
         let topics = 1 + abi.inputs.iter().filter(|input| input.indexed).count();
         if let Some(other) = same_topic.get(&topics) {
@@ -168,10 +161,29 @@ impl Signatures {
         }
         same_topic.insert(topics, signature);
         push_new(&mut self.topics, topic);
-        if role == Role::Lifecycle {
-            push_new(&mut self.lifecycle_topics, topic);
+        match role {
+            Role::Announcement => push_new(&mut self.announcement_topics, topic),
+            Role::Lifecycle => push_new(&mut self.lifecycle_topics, topic),
         }
         Ok(())
+    }
+
+    /// Those of the set that stand in `texts`, which are lines of its [`identity`](Self::identity).
+    pub fn only(&self, texts: &[String]) -> Self {
+        let mut set = Self::default();
+        for ((role, _), same_topic) in &self.known {
+            for signature in same_topic.values().filter(|signature| texts.contains(&signature.text)) {
+                set.add(*role, signature.clone())
+                    .expect("what can be told apart in a set can be in a part of it");
+            }
+        }
+        set.identity.sort();
+        set
+    }
+
+    /// The factory's topic0s.
+    pub fn announcement_topics(&self) -> &[B256] {
+        &self.announcement_topics
     }
 
     /// Every topic0, factory's and escrows': the filter of the one request that covers both.
@@ -226,7 +238,11 @@ impl Signature {
                 argument: argument.clone(),
             });
         }
-        Ok(Self { abi: abi.clone(), decoder, names, child, ends })
+        let text = match child {
+            Some(index) => format!("factory: {} [{}]", abi.full_signature(), names[index]),
+            None => format!("escrow: {}", abi.full_signature()),
+        };
+        Ok(Self { abi: abi.clone(), text, decoder, names, child, ends })
     }
 
     /// The arguments in the order of the signature.

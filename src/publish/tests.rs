@@ -103,7 +103,8 @@ fn store(escrows: &[u8], approvals: &[u8]) -> Arc<Store> {
         sink: "script".into(),
         ordering: "escrow".into(),
     };
-    let store = Store::open_backend(InMemoryBackend::new(), identity, Some(1)).unwrap();
+    let store =
+        Store::open_backend(InMemoryBackend::new(), identity, Some(1), crate::store::Added::Read).unwrap();
     append(&store, escrows, approvals);
     Arc::new(store)
 }

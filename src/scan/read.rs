@@ -10,18 +10,18 @@ use tracing::{info, warn};
 
 use super::{Answer, BlockTag, Call, Chain, LINKED_BLOCKS, LogFilter, Refused, Scanner, Span, Step, Trouble};
 use crate::config::Reading;
-use crate::event::{BlockRange, BlockRef, Header, Log, Recognised, Role};
+use crate::event::{BlockRange, BlockRef, Header, Log, Recognised, Role, Signatures};
 use crate::store::{Quarantined, Stretch, on_disk};
 
 /// Logs of a stretch of blocks with the escrows found in them.
 #[derive(Default)]
 pub(super) struct Harvest {
     /// Each log once, by block and log index.
-    logs: BTreeMap<(u64, u64), Log>,
+    pub(super) logs: BTreeMap<(u64, u64), Log>,
     /// Of which fork each block with logs is.
     forks: HashMap<u64, B256>,
     /// Escrows not registered before, with the block that announced each.
-    fresh: HashMap<Address, BlockRef>,
+    pub(super) fresh: HashMap<Address, BlockRef>,
 }
 
 impl<C: Chain> Scanner<C> {
@@ -99,7 +99,7 @@ impl<C: Chain> Scanner<C> {
         for logs in logs {
             harvest.gather(logs.logs(), range, &end)?;
         }
-        let fresh = self.discover(&mut harvest);
+        let fresh = self.discover(&mut harvest, &self.signatures);
         if let Some(first) = fresh.iter().map(|(_, block)| block.number).min() {
             let span = range.tail(first).expect("announced inside the range");
             let addresses: Vec<Address> = fresh.iter().map(|(address, _)| *address).collect();
@@ -118,7 +118,7 @@ impl<C: Chain> Scanner<C> {
     }
 
     /// One filter for as many addresses as the provider takes.
-    fn log_calls(
+    pub(super) fn log_calls(
         &self,
         span: Span,
         factory: Option<Address>,
@@ -134,13 +134,18 @@ impl<C: Chain> Scanner<C> {
     }
 
     /// Notes the escrows announced in the harvest that are not registered yet, and returns them.
-    fn discover(&self, harvest: &mut Harvest) -> Vec<(Address, BlockRef)> {
+    pub(super) fn discover(
+        &self,
+        harvest: &mut Harvest,
+        signatures: &Signatures,
+    ) -> Vec<(Address, BlockRef)> {
         let registry = self.store.registry();
         let mut found = Vec::new();
         for log in harvest.logs.values().filter(|log| log.address == self.factory) {
-            if let Recognised::Known(decoded) = self.signatures.recognise(Role::Announcement, log) {
+            if let Recognised::Known(decoded) = signatures.recognise(Role::Announcement, log) {
                 let escrow = decoded.escrow(log);
-                if !registry.contains(&escrow) && !harvest.fresh.contains_key(&escrow) {
+                let registered = registry.contains(&escrow) || registry.is_joining(&escrow);
+                if !registered && !harvest.fresh.contains_key(&escrow) {
                     harvest.fresh.insert(escrow, log.block);
                     found.push((escrow, log.block));
                 }
@@ -150,7 +155,7 @@ impl<C: Chain> Scanner<C> {
     }
 
     /// Times of the blocks whose logs do not say theirs.
-    async fn times(&self, harvest: &Harvest, end: Header) -> Result<HashMap<u64, u64>, Trouble> {
+    pub(super) async fn times(&self, harvest: &Harvest, end: Header) -> Result<HashMap<u64, u64>, Trouble> {
         let mut times = HashMap::from([(end.block.number, end.timestamp)]);
         let mut missing: BTreeMap<u64, BlockRef> = BTreeMap::new();
         for log in harvest.logs.values() {
@@ -261,7 +266,7 @@ impl<C: Chain> Scanner<C> {
             false => self.log_calls(span, Some(self.factory), watched, &self.topics),
         };
         self.gather_linked(&mut harvest, headers, |header| first(Span::Block(header.block.hash))).await?;
-        let fresh = self.discover(&mut harvest);
+        let fresh = self.discover(&mut harvest, &self.signatures);
         if fresh.is_empty() || everyone {
             return Ok(harvest);
         }
@@ -275,7 +280,7 @@ impl<C: Chain> Scanner<C> {
     }
 
     /// Asks what `calls` says for each block, all in one go.
-    async fn gather_linked(
+    pub(super) async fn gather_linked(
         &self,
         harvest: &mut Harvest,
         headers: &[Header],
@@ -311,15 +316,7 @@ impl<C: Chain> Scanner<C> {
         let stretch = Arc::new(stretch);
         let committed = Arc::clone(&stretch);
         on_disk(&self.store, move |store| store.accept(&committed)).await?;
-        for (escrow, block) in &stretch.announced {
-            info!(escrow = %format_args!("{escrow:#x}"), block = block.number, "New escrow discovered: {escrow:#x}");
-        }
-        for log in &stretch.quarantined {
-            warn!(
-                emitter = %format_args!("{:#x}", log.address), block = log.block.0, log_index = log.log_index,
-                reason = %log.reason, "A log with a known topic does not decode: it is kept aside"
-            );
-        }
+        say_found(&stretch.announced, &stretch.quarantined);
         if found > 0 {
             info!(from, to, escrows = found, "Discovered {found} new escrows in blocks {from}-{to}");
             let registered = self.store.registry().len();
@@ -392,18 +389,31 @@ impl Harvest {
     }
 }
 
+/// What was found and stored, a line each.
+pub(super) fn say_found(announced: &[(Address, BlockRef)], quarantined: &[Quarantined]) {
+    for (escrow, block) in announced {
+        info!(escrow = %format_args!("{escrow:#x}"), block = block.number, "New escrow discovered: {escrow:#x}");
+    }
+    for log in quarantined {
+        warn!(
+            emitter = %format_args!("{:#x}", log.address), block = log.block.0, log_index = log.log_index,
+            reason = %log.reason, "A log with a known topic does not decode: it is kept aside"
+        );
+    }
+}
+
 fn is_same(one: &Log, other: &Log) -> bool {
     (one.transaction_hash, one.address, &one.topics, &one.data)
         == (other.transaction_hash, other.address, &other.topics, &other.data)
 }
 
 /// The header of a range's last block: without it the node is behind, and an empty list of logs means nothing.
-fn whole(range: BlockRange, end: Option<Header>) -> Result<Header, Trouble> {
+pub(super) fn whole(range: BlockRange, end: Option<Header>) -> Result<Header, Trouble> {
     end.filter(|header| header.block.number == range.to())
         .ok_or_else(|| Trouble::Disagreement(format!("no header of block {}", range.to())))
 }
 
-fn quarantined(log: &Log, reason: String) -> Quarantined {
+pub(super) fn quarantined(log: &Log, reason: String) -> Quarantined {
     Quarantined {
         address: log.address,
         topics: log.topics.clone(),

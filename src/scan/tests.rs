@@ -9,7 +9,7 @@ use redb::backends::InMemoryBackend;
 
 use super::*;
 use crate::event::Log;
-use crate::store::{Entry, Identity, Kind};
+use crate::store::{Added, Entry, Identity, Kind};
 
 const FACTORY: Address = Address::repeat_byte(0xFA);
 const DEPLOYED: &str = "EscrowDeployed(address indexed escrow)";
@@ -174,7 +174,7 @@ fn open_store() -> Arc<Store> {
         sink: "none".into(),
         ordering: "escrow".into(),
     };
-    Arc::new(Store::open_backend(InMemoryBackend::new(), identity, Some(0)).unwrap())
+    Arc::new(Store::open_backend(InMemoryBackend::new(), identity, Some(0), Added::Read).unwrap())
 }
 
 fn scanner(chain: &Arc<Fake>, store: &Arc<Store>, settings: &[(&str, &str)], until: Until) -> Scanner<Fake> {

@@ -56,6 +56,23 @@ impl<'txn> Lanes<'txn> {
         Ok(())
     }
 
+    /// Registers an escrow whose history a late read fetches before it is watched. `false`: it is registered already.
+    pub fn join(&mut self, address: Address, block: BlockRef, late_read: u64) -> Result<bool, StoreError> {
+        let known = self.touch(address)?.as_ref().map(|escrow| escrow.state);
+        match known {
+            Some(EscrowState::Active | EscrowState::Joining { .. }) => return Ok(false),
+            Some(EscrowState::Withdrawn) | None => self.announce(address, block)?,
+        }
+        self.lane(address)?.state = EscrowState::Joining { late_read };
+        Ok(true)
+    }
+
+    /// From now on the escrow is watched.
+    pub fn joined(&mut self, address: Address) -> Result<(), StoreError> {
+        self.lane(address)?.state = EscrowState::Active;
+        Ok(())
+    }
+
     /// Forgets an end of life in blocks that left the chain.
     pub fn reopen(&mut self, address: Address, above: u64) -> Result<(), StoreError> {
         let escrow = self.lane(address)?;
@@ -66,14 +83,16 @@ impl<'txn> Lanes<'txn> {
     /// Takes an escrow out of the registry if this block is the one that announced it.
     pub fn withdraw(&mut self, address: Address, block_hash: B256) -> Result<bool, StoreError> {
         let escrow = self.lane(address)?;
-        let announced_there = escrow.announced.1 == block_hash && escrow.state == EscrowState::Active;
+        let standing = matches!(escrow.state, EscrowState::Active | EscrowState::Joining { .. });
+        let announced_there = escrow.announced.1 == block_hash && standing;
         if announced_there {
             escrow.state = EscrowState::Withdrawn;
         }
         Ok(announced_there)
     }
 
-    pub fn event(&mut self, event: &Event) -> Result<Entry, StoreError> {
+    /// The entry of an event; `late`: outside the order of its lane.
+    pub fn event(&mut self, event: &Event, late: bool) -> Result<Entry, StoreError> {
         let (epoch, now) = (self.epoch, self.now);
         let escrow = self.lane(event.escrow)?;
         escrow.last_sequence += 1;
@@ -91,7 +110,7 @@ impl<'txn> Lanes<'txn> {
             log_index: event.log_index,
             sequence: escrow.last_sequence,
             epoch,
-            late: false,
+            late,
             stored_at: now,
             body: event.body.finish(escrow.last_sequence),
         })

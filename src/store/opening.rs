@@ -7,8 +7,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use redb::{Database, DatabaseError, ReadableDatabase, StorageError};
 
 use super::schema::{
-    ACKNOWLEDGED, BLOCKS, EVENT_LOG, IDENTITY, Identity, Life, MARKS, META, PROGRESS, Progress, QUARANTINE,
-    REGISTRY, SCHEMA, WATERMARK, decode, encode,
+    ACKNOWLEDGED, BLOCKS, EVENT_LOG, IDENTITY, Identity, LATE_READS, Life, MARKS, META, PROGRESS, Progress,
+    QUARANTINE, REGISTRY, SCHEMA, WATERMARK, decode, encode,
 };
 use super::{StoreError, write_progress};
 
@@ -80,6 +80,7 @@ pub(super) fn begin_life(
         transaction.open_table(BLOCKS)?;
         transaction.open_table(ACKNOWLEDGED)?;
         transaction.open_table(QUARANTINE)?;
+        transaction.open_table(LATE_READS)?;
         write_progress(&transaction, &progress)?;
     }
     transaction.commit()?;
@@ -90,7 +91,28 @@ pub(super) fn now_micros() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_micros() as u64)
 }
 
-pub(super) fn compare(path: &Path, stored: &Identity, asked: &Identity) -> Result<(), StoreError> {
+/// Brings a file of an older layout to this one.
+pub(super) fn migrate(db: &Database, life: &mut Life) -> Result<(), StoreError> {
+    match life.schema {
+        SCHEMA => return Ok(()),
+        // Layout 2 only adds to layout 1.
+        1 => life.schema = SCHEMA,
+        newer => {
+            return Err(StoreError::Damaged {
+                what: format!("it has layout version {newer}, this program knows {SCHEMA}"),
+            });
+        }
+    }
+    let transaction = db.begin_write()?;
+    transaction.open_table(LATE_READS)?;
+    transaction.open_table(META)?.insert(IDENTITY, encode(life)?.as_slice())?;
+    transaction.commit()?;
+    Ok(())
+}
+
+/// What the store was made for against what is asked of it now. The signatures that were added; anything else that
+/// differs is refused.
+pub(super) fn compare(path: &Path, stored: &Identity, asked: &Identity) -> Result<Vec<String>, StoreError> {
     let mut differences = Vec::new();
     let mut differ = |what: &str, stored: String, asked: String| {
         if stored != asked {
@@ -104,13 +126,9 @@ pub(super) fn compare(path: &Path, stored: &Identity, asked: &Identity) -> Resul
     for lost in stored.signatures.iter().filter(|signature| !asked.signatures.contains(signature)) {
         differences.push(format!("  signatures: the store has `{lost}`, the configuration has not"));
     }
-    for added in asked.signatures.iter().filter(|signature| !stored.signatures.contains(signature)) {
-        differences.push(format!(
-            "  signatures: the configuration has `{added}`, the store has not: its history was never read"
-        ));
-    }
     if differences.is_empty() {
-        return Ok(());
+        let is_new = |signature: &&String| !stored.signatures.contains(signature);
+        return Ok(asked.signatures.iter().filter(is_new).cloned().collect());
     }
     Err(StoreError::OtherIdentity {
         path: path.to_owned(),

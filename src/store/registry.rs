@@ -1,6 +1,6 @@
-//! The registry in memory: which addresses are watched.
+//! The registry in memory: which addresses are watched, and which will be once their history is read.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use alloy::primitives::Address;
@@ -15,6 +15,8 @@ pub struct Registry {
     /// Place of each in `watched`.
     places: HashMap<Address, usize>,
     watched: Arc<Vec<Address>>,
+    /// Escrows that are joining: the late read that reads them, and the first block of theirs that counts.
+    joining: BTreeMap<Address, (u64, u64)>,
 }
 
 impl Registry {
@@ -32,6 +34,14 @@ impl Registry {
 
     /// Makes memory agree with a row that was committed.
     pub(super) fn set(&mut self, address: Address, row: Option<&Escrow>) {
+        match row.map(|escrow| (escrow.state, escrow.covered_from)) {
+            Some((EscrowState::Joining { late_read }, from)) => {
+                self.joining.insert(address, (late_read, from));
+            }
+            Some((EscrowState::Active | EscrowState::Withdrawn, _)) | None => {
+                self.joining.remove(&address);
+            }
+        }
         let watch = row.is_some_and(|escrow| escrow.state == EscrowState::Active);
         match (watch, self.places.get(&address).copied()) {
             (true, None) => {
@@ -53,6 +63,17 @@ impl Registry {
     /// Whether the address is watched.
     pub fn contains(&self, address: &Address) -> bool {
         self.places.contains_key(address)
+    }
+
+    /// Whether the address is registered, and its history is still being read.
+    pub fn is_joining(&self, address: &Address) -> bool {
+        self.joining.contains_key(address)
+    }
+
+    /// The escrows whose history that late read fetches, each with the first block of its that counts.
+    pub fn joining(&self, late_read: u64) -> impl Iterator<Item = (Address, u64)> {
+        let of_it = self.joining.iter().filter(move |(_, (read, _))| *read == late_read);
+        of_it.map(|(address, (_, from))| (*address, *from))
     }
 
     /// How many are watched.

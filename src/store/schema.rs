@@ -20,6 +20,8 @@ pub(super) const BLOCKS: TableDefinition<u64, &[u8]> = TableDefinition::new("blo
 pub(super) const ACKNOWLEDGED: TableDefinition<u64, u64> = TableDefinition::new("acknowledged");
 /// (block, log index) → [`Quarantined`].
 pub(super) const QUARANTINE: TableDefinition<(u64, u64), &[u8]> = TableDefinition::new("quarantine");
+/// Number → [`LateRead`], ascending in the order they were asked for.
+pub(super) const LATE_READS: TableDefinition<u64, &[u8]> = TableDefinition::new("late_reads");
 /// Name → value: [`IDENTITY`] and [`PROGRESS`].
 pub(super) const META: TableDefinition<&str, &[u8]> = TableDefinition::new("meta");
 
@@ -30,8 +32,8 @@ pub(super) const MARKS: TableDefinition<&str, u64> = TableDefinition::new("marks
 /// Every entry below it is acknowledged.
 pub(super) const WATERMARK: &str = "watermark";
 
-/// Version of this layout.
-pub(super) const SCHEMA: u32 = 1;
+/// Version of this layout. 1 had no [`LATE_READS`] and no escrow that was [`EscrowState::Joining`].
+pub(super) const SCHEMA: u32 = 2;
 const VALUE_VERSION: u8 = 1;
 /// No value is larger: what a damaged length may make us allocate, in bytes.
 const VALUE_LIMIT: usize = 256 << 20;
@@ -95,6 +97,23 @@ pub enum EscrowState {
     Active,
     /// Its announcement left the chain; kept because its lane has a history to number on from.
     Withdrawn,
+    /// Known late: a [`LateRead`] reads its history, and it is watched once that has reached the cursor.
+    Joining {
+        /// Which one.
+        late_read: u64,
+    },
+}
+
+/// History to be read once more: for signatures that were not known when it was read, for escrows that became known
+/// later, or both. What it finds is published as late.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LateRead {
+    /// Which signatures, as in [`Identity::signatures`]; none if it is for escrows only.
+    pub signatures: Vec<String>,
+    /// The first block it has not read.
+    pub next: u64,
+    /// The last block in which `signatures` are looked for: later ones were read with them.
+    pub to: u64,
 }
 
 /// An accepted block whose hash may still be needed.

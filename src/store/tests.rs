@@ -19,7 +19,7 @@ fn identity() -> Identity {
 }
 
 fn memory() -> Store {
-    Store::open_backend(InMemoryBackend::new(), identity(), Some(1)).unwrap()
+    Store::open_backend(InMemoryBackend::new(), identity(), Some(1), Added::Read).unwrap()
 }
 
 fn escrow(number: u8) -> Address {
@@ -108,7 +108,7 @@ fn registry_counts_an_address_once_whatever_its_case() {
 fn registry_cursor_and_what_waits_survive_a_restart() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("relayer.redb");
-    let store = Store::open(&path, identity(), Some(5)).unwrap();
+    let store = Store::open(&path, identity(), Some(5), Added::Read).unwrap();
     assert_eq!((store.next_block(), store.cursor()), (5, None));
     store.accept(&stretch(block(5, 0), &[1, 2], &[1, 1])).unwrap();
     let epoch = store.epoch();
@@ -116,7 +116,7 @@ fn registry_cursor_and_what_waits_survive_a_restart() {
     store.acknowledge(vec![first[0].position]).unwrap();
     drop(store);
 
-    let store = Store::open(&path, identity(), None).unwrap();
+    let store = Store::open(&path, identity(), None, Added::Read).unwrap();
     assert_eq!(store.epoch(), epoch);
     assert_eq!((store.next_block(), store.cursor()), (6, Some(block(5, 0))));
     assert_eq!(store.registry().len(), 2);
@@ -129,11 +129,11 @@ fn registry_cursor_and_what_waits_survive_a_restart() {
 fn the_bytes_that_were_stored_are_the_bytes_claimed_after_a_restart() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("relayer.redb");
-    let store = Store::open(&path, identity(), Some(1)).unwrap();
+    let store = Store::open(&path, identity(), Some(1), Added::Read).unwrap();
     store.accept(&stretch(block(1, 0), &[1], &[1])).unwrap();
     let before: Vec<Entry> = store.claim(9).unwrap().into_iter().map(|claimed| claimed.entry).collect();
     drop(store);
-    let store = Store::open(&path, identity(), None).unwrap();
+    let store = Store::open(&path, identity(), None, Added::Read).unwrap();
     let after: Vec<Entry> = store.claim(9).unwrap().into_iter().map(|claimed| claimed.entry).collect();
     assert_eq!(before, after);
     assert_eq!(before[1].attributes(1), after[1].attributes(1));
@@ -143,34 +143,30 @@ fn the_bytes_that_were_stored_are_the_bytes_claimed_after_a_restart() {
 fn a_store_made_for_something_else_is_refused_and_both_are_named() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("relayer.redb");
-    drop(Store::open(&path, identity(), Some(1)).unwrap());
-    let table: [(Identity, [&str; 2]); 6] = [
+    drop(Store::open(&path, identity(), Some(1), Added::Read).unwrap());
+    let table: [(Identity, [&str; 2]); 5] = [
         (Identity { chain_id: 2, ..identity() }, ["chain.id: the store has 1", "the configuration 2"]),
         (Identity { factory: escrow(9), ..identity() }, ["0xfafa", "0x0909"]),
         (Identity { sink: "file x".into(), ..identity() }, ["stdout", "file x"]),
         (Identity { ordering: "none".into(), ..identity() }, ["escrow", "none"]),
         (Identity { signatures: vec![], ..identity() }, ["the store has `escrow: event Approved", "has not"]),
-        (
-            Identity { signatures: [identity().signatures, vec!["new".into()]].concat(), ..identity() },
-            ["the configuration has `new`", "never read"],
-        ),
     ];
     for (other, expected) in table {
-        let error = Store::open(&path, other, None).unwrap_err();
+        let error = Store::open(&path, other, None, Added::Read).unwrap_err();
         assert!(error.is_configuration(), "{error}");
         for text in expected {
             assert!(error.to_string().contains(text), "{error}");
         }
     }
-    Store::open(&path, identity(), None).unwrap();
+    Store::open(&path, identity(), None, Added::Read).unwrap();
 }
 
 #[test]
 fn a_second_opening_of_the_same_file_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("relayer.redb");
-    let _held = Store::open(&path, identity(), Some(1)).unwrap();
-    let error = Store::open(&path, identity(), Some(1)).unwrap_err();
+    let _held = Store::open(&path, identity(), Some(1), Added::Read).unwrap();
+    let error = Store::open(&path, identity(), Some(1), Added::Read).unwrap_err();
     assert!(matches!(error, StoreError::Locked { .. }), "{error}");
 }
 
@@ -180,7 +176,7 @@ fn files_that_are_no_store_are_refused_and_left_as_they_are() {
     let foreign = folder.path().join("foreign.redb");
     std::fs::write(&foreign, "not a database, but somebody's file".repeat(500)).unwrap();
     let before = std::fs::read(&foreign).unwrap();
-    let error = Store::open(&foreign, identity(), Some(1)).unwrap_err();
+    let error = Store::open(&foreign, identity(), Some(1), Added::Read).unwrap_err();
     assert!(matches!(error, StoreError::Damaged { .. }), "{error}");
     assert_eq!(std::fs::read(&foreign).unwrap(), before);
 
@@ -190,13 +186,13 @@ fn files_that_are_no_store_are_refused_and_left_as_they_are() {
     transaction.open_table(redb::TableDefinition::<u64, u64>::new("theirs")).unwrap();
     transaction.commit().unwrap();
     drop(db);
-    let error = Store::open(&other, identity(), Some(1)).unwrap_err();
+    let error = Store::open(&other, identity(), Some(1), Added::Read).unwrap_err();
     assert!(matches!(error, StoreError::Damaged { .. }), "{error}");
 
     let nowhere = folder.path().join("no/such/folder/relayer.redb");
-    let error = Store::open(&nowhere, identity(), Some(1)).unwrap_err();
+    let error = Store::open(&nowhere, identity(), Some(1), Added::Read).unwrap_err();
     assert!(error.is_configuration() && error.to_string().contains("does not exist"), "{error}");
-    let error = Store::open(&folder.path().join("new.redb"), identity(), None).unwrap_err();
+    let error = Store::open(&folder.path().join("new.redb"), identity(), None, Added::Read).unwrap_err();
     assert!(matches!(error, StoreError::NoStartBlock { .. }), "{error}");
 }
 
@@ -253,11 +249,11 @@ fn entries_dropped_at_the_end_of_the_log_leave_nothing_to_claim() {
 fn what_was_in_the_log_when_the_file_was_opened_may_have_been_sent_and_is_withdrawn_aloud() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("relayer.redb");
-    let store = Store::open(&path, identity(), Some(1)).unwrap();
+    let store = Store::open(&path, identity(), Some(1), Added::Read).unwrap();
     store.accept(&stretch(block(1, 0), &[1], &[])).unwrap();
     store.accept(&stretch(block(2, 0), &[], &[1])).unwrap();
     drop(store);
-    let store = Store::open(&path, identity(), None).unwrap();
+    let store = Store::open(&path, identity(), None, Added::Read).unwrap();
     assert_eq!(store.retract(Some(block(1, 0))).unwrap().retracted, 1);
 }
 
@@ -323,12 +319,12 @@ proptest! {
     ) {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("relayer.redb");
-        let store = Store::open(&path, identity(), Some(1)).unwrap();
+        let store = Store::open(&path, identity(), Some(1), Added::Read).unwrap();
         store.accept(&stretch(block(1, 0), &[1], &[1; 39])).unwrap();
         drop(store);
         let mut left: BTreeSet<u64> = (0..40).collect();
         for portion in portions {
-            let store = Store::open(&path, identity(), None).unwrap();
+            let store = Store::open(&path, identity(), None, Added::Read).unwrap();
             let claimed: BTreeSet<u64> = waiting(&store).into_iter().map(|(position, ..)| position).collect();
             prop_assert_eq!(&claimed, &left);
             prop_assert_eq!(store.waiting(), left.len() as u64);
@@ -347,7 +343,7 @@ proptest! {
     ) {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("relayer.redb");
-        let mut store = Store::open(&path, identity(), Some(1)).unwrap();
+        let mut store = Store::open(&path, identity(), Some(1), Added::Read).unwrap();
         let mut chain: Vec<(BlockRef, Vec<u8>)> = Vec::new();
         let mut seen: BTreeMap<u64, Entry> = BTreeMap::new();
         let first = block(1, 0);
@@ -365,7 +361,7 @@ proptest! {
                 1 => seen.extend(store.claim(depth as usize + 1).unwrap().into_iter().map(|it| (it.position, it.entry))),
                 2 => {
                     drop(store);
-                    store = Store::open(&path, identity(), None).unwrap();
+                    store = Store::open(&path, identity(), None, Added::Read).unwrap();
                 }
                 _ => {
                     let next = block(store.next_block(), fork);
@@ -399,4 +395,171 @@ proptest! {
             prop_assert_eq!(standing.split_off(1), approvals.collect::<Vec<_>>(), "events of {}", address);
         }
     }
+}
+
+// ---- history read once more
+
+/// The identity with a signature more.
+fn extended() -> Identity {
+    Identity { signatures: [identity().signatures, vec!["new".into()]].concat(), ..identity() }
+}
+
+fn late_stretch(next: u64, events: Vec<Event>) -> LateStretch {
+    LateStretch { next, events, ..LateStretch::default() }
+}
+
+#[test]
+fn for_an_added_signature_the_history_is_read_late_once_or_not_at_all_as_asked() {
+    let folder = tempfile::tempdir().unwrap();
+    for (number, added) in [Added::Read, Added::FromNow, Added::Leave].into_iter().enumerate() {
+        let path = folder.path().join(format!("{number}.redb"));
+        let store = Store::open(&path, identity(), Some(5), Added::Read).unwrap();
+        for number in 5..9 {
+            store.accept(&stretch(block(number, 0), &[], &[])).unwrap();
+        }
+        drop(store);
+        let read = LateRead { signatures: vec!["new".into()], next: 5, to: 8 };
+        let expected = (added == Added::Read).then_some((0, read));
+        for _again in 0..2 {
+            let store = Store::open(&path, extended(), None, added).unwrap();
+            assert_eq!(store.late_read(), expected, "{added:?}");
+            let identity = if added == Added::Leave { identity() } else { extended() };
+            assert_eq!(*store.identity(), identity, "{added:?}");
+        }
+        if let Some((id, _)) = expected {
+            let store = Store::open(&path, extended(), None, added).unwrap();
+            assert!(!store.accept_late(id, &late_stretch(7, vec![])).unwrap());
+            assert_eq!(store.late_read().unwrap().1.next, 7);
+            assert!(
+                store.accept_late(id, &late_stretch(9, vec![])).unwrap(),
+                "beyond its last block it is done"
+            );
+            drop(store);
+            let store = Store::open(&path, extended(), None, added).unwrap();
+            assert_eq!(store.late_read(), None);
+        }
+        // A signature the store knows cannot be taken away.
+        if added != Added::Leave {
+            assert!(Store::open(&path, identity(), None, added).unwrap_err().is_configuration());
+        }
+    }
+}
+
+#[test]
+fn a_store_that_has_read_nothing_yet_has_no_history_to_read_late() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("relayer.redb");
+    drop(Store::open(&path, identity(), Some(5), Added::Read).unwrap());
+    let store = Store::open(&path, extended(), None, Added::Read).unwrap();
+    assert_eq!((store.late_read(), store.identity()), (None, &extended()));
+}
+
+#[test]
+fn what_is_found_late_is_marked_and_numbered_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("relayer.redb");
+    let store = Store::open(&path, identity(), Some(1), Added::Read).unwrap();
+    store.accept(&stretch(block(1, 0), &[1], &[1])).unwrap();
+    drop(store);
+    let store = Store::open(&path, extended(), None, Added::Read).unwrap();
+    let (id, _) = store.late_read().unwrap();
+    store.accept_late(id, &late_stretch(2, vec![event(escrow(1), block(1, 0), 9, false)])).unwrap();
+    let claimed = store.claim(9).unwrap();
+    let seen: Vec<_> = claimed
+        .iter()
+        .map(|claimed| (claimed.entry.sequence, claimed.entry.late, claimed.entry.log_index))
+        .collect();
+    assert_eq!(seen, [(1, false, 0), (2, false, 1), (3, true, 9)]);
+    let late = claimed[2].entry.attributes(1).pairs();
+    assert!(late.contains(&("late", "true".to_owned())));
+}
+
+#[test]
+fn an_imported_escrow_is_watched_when_its_history_has_reached_the_cursor() {
+    let store = memory();
+    store.accept(&stretch(block(1, 0), &[1], &[])).unwrap();
+    store.accept(&stretch(block(2, 0), &[], &[])).unwrap();
+    let imported = store.import(&[escrow(1), escrow(2), escrow(3)], 1).unwrap();
+    assert_eq!(imported, Imported { new: 2, known: 1 });
+    let (id, read) = store.late_read().unwrap();
+    assert_eq!((read.next, store.registry().len()), (1, 1));
+    assert_eq!(Vec::from_iter(store.registry().joining(id)), [(escrow(2), 1), (escrow(3), 1)]);
+    // New blocks go on meanwhile, and it has to catch up with them.
+    assert!(!store.accept_late(id, &late_stretch(2, vec![])).unwrap());
+    store.accept(&stretch(block(3, 0), &[], &[])).unwrap();
+    assert!(!store.accept_late(id, &late_stretch(3, vec![event(escrow(2), block(2, 0), 0, false)])).unwrap());
+    assert_eq!(store.registry().len(), 1);
+    assert!(store.accept_late(id, &late_stretch(4, vec![])).unwrap());
+    assert_eq!(store.registry().len(), 3, "both are watched from block 4 on");
+    assert_eq!(store.late_read(), None);
+    // From the next block on there is no history.
+    assert_eq!(store.import(&[escrow(4)], 4).unwrap(), Imported { new: 1, known: 0 });
+    assert!(store.registry().contains(&escrow(4)) && store.late_read().is_none());
+}
+
+#[test]
+fn a_fork_takes_late_events_of_lost_blocks_back_and_the_late_read_reads_again_from_there() {
+    let store = memory();
+    for number in 1..=4 {
+        store.accept(&stretch(block(number, 0), &[], &[])).unwrap();
+    }
+    store.import(&[escrow(7)], 1).unwrap();
+    let (id, _) = store.late_read().unwrap();
+    let events = vec![event(escrow(7), block(2, 0), 0, false), event(escrow(7), block(4, 0), 0, false)];
+    assert!(!store.accept_late(id, &late_stretch(4, events[..1].to_vec())).unwrap());
+    let (_, read) = store.late_read().unwrap();
+    assert_eq!(read.next, 4);
+    store.accept(&stretch(block(5, 0), &[], &[])).unwrap();
+    assert!(
+        !store.accept_late(id, &late_stretch(5, events[1..].to_vec())).unwrap(),
+        "block 5 is still missing"
+    );
+    assert_eq!(store.claim(9).unwrap().len(), 2);
+    let withdrawal = store.retract(Some(block(3, 0))).unwrap();
+    assert_eq!((withdrawal.retracted, withdrawal.dropped), (1, 0), "block 4 is lost, block 2 stands");
+    assert_eq!(store.late_read().unwrap().1.next, 4);
+    assert!(
+        store.accept_late(id, &late_stretch(4, vec![])).unwrap(),
+        "the cursor is block 3: it has caught up"
+    );
+    assert!(store.registry().contains(&escrow(7)));
+}
+
+#[test]
+fn a_file_of_the_first_layout_is_brought_to_this_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("relayer.redb");
+    let store = Store::open(&path, identity(), Some(1), Added::Read).unwrap();
+    store.accept(&stretch(block(1, 0), &[1], &[1])).unwrap();
+    let epoch = store.epoch();
+    drop(store);
+    let db = Database::create(&path).unwrap();
+    let transaction = db.begin_write().unwrap();
+    transaction.delete_table(schema::LATE_READS).unwrap();
+    let life = schema::Life { schema: 1, epoch, identity: identity() };
+    transaction
+        .open_table(META)
+        .unwrap()
+        .insert(schema::IDENTITY, encode(&life).unwrap().as_slice())
+        .unwrap();
+    transaction.commit().unwrap();
+    drop(db);
+
+    for _again in 0..2 {
+        let store = Store::open(&path, identity(), None, Added::Leave).unwrap();
+        assert_eq!((store.next_block(), store.registry().len(), store.epoch()), (2, 1, epoch));
+        assert_eq!(store.waiting(), 2);
+    }
+    let db = Database::create(&path).unwrap();
+    let transaction = db.begin_write().unwrap();
+    let life = schema::Life { schema: 99, epoch, identity: identity() };
+    transaction
+        .open_table(META)
+        .unwrap()
+        .insert(schema::IDENTITY, encode(&life).unwrap().as_slice())
+        .unwrap();
+    transaction.commit().unwrap();
+    drop(db);
+    let error = Store::open(&path, identity(), None, Added::Leave).unwrap_err().to_string();
+    assert!(error.contains("99"), "{error}");
 }

@@ -1,0 +1,221 @@
+//! History read once more: for signatures added to the configuration, and for escrows that became known late.
+//!
+//! A late read goes over blocks that were accepted before, from its first one up to the cursor, beside the reading of new
+//! ones. Where it stands is committed together with what it found, so that after a crash nothing of it is read twice
+//! or left out.
+
+use std::collections::{BTreeMap, HashMap};
+
+use alloy::primitives::{Address, B256};
+use redb::{Database, ReadableDatabase, ReadableTable, Table, WriteTransaction};
+
+use super::lanes::Lanes;
+use super::schema::{
+    EVENT_LOG, Escrow, IDENTITY, Identity, LATE_READS, LateRead, Life, META, Progress, Quarantined, REGISTRY,
+    decode, encode,
+};
+use super::{Store, StoreError, lock, quarantine, write_progress};
+use crate::event::{BlockRef, Event};
+
+/// What to do about signatures the configuration has and the store has not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Added {
+    /// Read the history once more for them.
+    Read,
+    /// Relay their events from the next block on; earlier ones never.
+    FromNow,
+    /// Nothing: whoever opens the store only looks.
+    Leave,
+}
+
+/// Blocks of the past, read once more.
+#[derive(Debug, Default)]
+pub struct LateStretch {
+    /// Escrows that were not registered, with the block that announced each.
+    pub announced: Vec<(Address, BlockRef)>,
+    /// Events in the order of [`Event::order`].
+    pub events: Vec<Event>,
+    /// Logs that do not decode.
+    pub quarantined: Vec<Quarantined>,
+    /// The first block not read.
+    pub next: u64,
+}
+
+/// What an import did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Imported {
+    /// Escrows that were not registered before.
+    pub new: usize,
+    /// Escrows that were, and stay as they are.
+    pub known: usize,
+}
+
+type LateReads<'txn> = Table<'txn, u64, &'static [u8]>;
+
+pub(super) fn load(db: &Database) -> Result<BTreeMap<u64, LateRead>, StoreError> {
+    let mut all = BTreeMap::new();
+    for row in db.begin_read()?.open_table(LATE_READS)?.iter()? {
+        let (id, value) = row?;
+        all.insert(id.value(), decode("late_reads", value.value())?);
+    }
+    Ok(all)
+}
+
+/// Takes added signatures into the identity and, if asked to, notes that their history has to be read.
+pub(super) fn add_signatures(
+    db: &Database,
+    life: &mut Life,
+    progress: &Progress,
+    asked: &Identity,
+    added: Vec<String>,
+    history: bool,
+) -> Result<(), StoreError> {
+    life.identity = asked.clone();
+    let transaction = db.begin_write()?;
+    if let (true, Some((to, _))) = (history, progress.cursor) {
+        let read = LateRead { signatures: added, next: progress.start_block, to };
+        append(&mut transaction.open_table(LATE_READS)?, &read)?;
+    }
+    transaction.open_table(META)?.insert(IDENTITY, encode(life)?.as_slice())?;
+    transaction.commit()?;
+    Ok(())
+}
+
+fn append(table: &mut LateReads<'_>, read: &LateRead) -> Result<u64, StoreError> {
+    let id = table.last()?.map_or(0, |(id, _)| id.value() + 1);
+    table.insert(id, encode(read)?.as_slice())?;
+    Ok(id)
+}
+
+/// After a fork what was read above it is read again: by the late read for escrows that join, and by the scanner,
+/// which knows the added signatures, for all others.
+pub(super) fn go_back(transaction: &WriteTransaction, above: u64) -> Result<(), StoreError> {
+    let mut table = transaction.open_table(LATE_READS)?;
+    let mut changed = Vec::new();
+    for row in table.iter()? {
+        let (id, value) = row?;
+        let mut read: LateRead = decode("late_reads", value.value())?;
+        if read.next > above || read.to >= above {
+            read.next = read.next.min(above);
+            read.to = read.to.min(above.saturating_sub(1));
+            changed.push((id.value(), read));
+        }
+    }
+    for (id, read) in changed {
+        table.insert(id, encode(&read)?.as_slice())?;
+    }
+    Ok(())
+}
+
+impl Store {
+    /// The late read to go on with, and its number.
+    pub fn late_read(&self) -> Option<(u64, LateRead)> {
+        lock(&self.late_reads).first_key_value().map(|(id, read)| (*id, read.clone()))
+    }
+
+    /// Commits what a late read found and where it stands. `true`: it is done, and its escrows are watched.
+    pub fn accept_late(&self, id: u64, stretch: &LateStretch) -> Result<bool, StoreError> {
+        let mut late_reads = lock(&self.late_reads).clone();
+        let read = late_reads.get_mut(&id).expect("a late read that is stored");
+        let mut progress = lock(&self.progress).clone();
+        let transaction = self.db.begin_write()?;
+        let (changed, done) = {
+            let mut lanes = Lanes::open(&transaction, self.epoch)?;
+            for (escrow, block) in &stretch.announced {
+                lanes.join(*escrow, *block, id)?;
+            }
+            let mut log = transaction.open_table(EVENT_LOG)?;
+            for event in &stretch.events {
+                let entry = lanes.event(event, true)?;
+                log.insert(progress.next_position, encode(&entry)?.as_slice())?;
+                progress.next_position += 1;
+            }
+            quarantine(&transaction, &stretch.quarantined)?;
+            read.next = stretch.next;
+            let joining: Vec<Address> = {
+                let before = self.registry();
+                let before = before.joining(id).map(|(escrow, _)| escrow);
+                before.chain(stretch.announced.iter().map(|(escrow, _)| *escrow)).collect()
+            };
+            let next_block = next_block(&progress);
+            let done = if joining.is_empty() { read.next > read.to } else { read.next >= next_block };
+            let mut table = transaction.open_table(LATE_READS)?;
+            if done {
+                for escrow in joining {
+                    lanes.joined(escrow)?;
+                }
+                table.remove(id)?;
+            } else {
+                table.insert(id, encode(read)?.as_slice())?;
+            }
+            write_progress(&transaction, &progress)?;
+            (lanes.close()?, done)
+        };
+        transaction.commit()?;
+        if done {
+            late_reads.remove(&id);
+        }
+        *lock(&self.late_reads) = late_reads;
+        self.moved(progress, changed, 0);
+        Ok(done)
+    }
+
+    /// Registers escrows whose events count from block `from` on, which must not lie beyond the next block to read. Their
+    /// history up to there is read before they are watched.
+    pub fn import(&self, escrows: &[Address], from: u64) -> Result<Imported, StoreError> {
+        let progress = lock(&self.progress).clone();
+        let next_block = next_block(&progress);
+        assert!(from <= next_block, "block {from} was not reached");
+        let block = BlockRef { number: from, hash: B256::ZERO };
+        let transaction = self.db.begin_write()?;
+        let mut new = 0;
+        let changed = {
+            let read = LateRead { signatures: Vec::new(), next: from, to: 0 };
+            let id = append(&mut transaction.open_table(LATE_READS)?, &read)?;
+            let mut lanes = Lanes::open(&transaction, self.epoch)?;
+            for escrow in escrows {
+                if lanes.join(*escrow, block, id)? {
+                    new += 1;
+                    if from == next_block {
+                        lanes.joined(*escrow)?;
+                    }
+                }
+            }
+            if new == 0 || from == next_block {
+                transaction.open_table(LATE_READS)?.remove(id)?;
+            }
+            lanes.close()?
+        };
+        transaction.commit()?;
+        *lock(&self.late_reads) = load(&self.db)?;
+        self.moved(progress, changed, 0);
+        Ok(Imported { new, known: escrows.len() - new })
+    }
+
+    /// The registry's rows of these escrows.
+    pub fn escrows_of(&self, addresses: &[Address]) -> Result<HashMap<Address, Escrow>, StoreError> {
+        let read = self.db.begin_read()?;
+        let table = read.open_table(REGISTRY)?;
+        let mut rows = HashMap::new();
+        for address in addresses {
+            if let Some(row) = table.get(&*address.0)? {
+                rows.insert(*address, decode("registry", row.value())?);
+            }
+        }
+        Ok(rows)
+    }
+
+    /// Every row of the registry, by address.
+    pub fn escrows(&self) -> Result<Vec<(Address, Escrow)>, StoreError> {
+        let mut rows = Vec::new();
+        for row in self.db.begin_read()?.open_table(REGISTRY)?.iter()? {
+            let (address, value) = row?;
+            rows.push((Address::from(*address.value()), decode("registry", value.value())?));
+        }
+        Ok(rows)
+    }
+}
+
+fn next_block(progress: &Progress) -> u64 {
+    progress.cursor.map_or(progress.start_block, |(number, _)| number + 1)
+}

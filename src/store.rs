@@ -411,7 +411,8 @@ impl Store {
             acknowledge(&transaction, &mut dropped)?;
             blocks.retain_in(above.., |_, _| false)?;
             transaction.open_table(QUARANTINE)?.retain_in((above, 0).., |_, _| false)?;
-            late::go_back(&transaction, above)?;
+            let uncovered = self.registry().uncovered().map(|(escrow, _)| escrow).collect();
+            late::go_back(&transaction, &mut lanes, uncovered, above)?;
             progress.cursor = ancestor.map(|block| (block.number, block.hash));
             write_progress(&transaction, &progress)?;
             lanes.close()?

@@ -95,6 +95,11 @@ impl Decoded<'_> {
         self.signature.child.and_then(|index| self.values[index].as_address()).unwrap_or(log.address)
     }
 
+    /// Which signature it was, as in [`Signatures::identity`].
+    pub fn signature(&self) -> &str {
+        &self.signature.text
+    }
+
     /// Encodes the event. `timestamp`: the block's, in seconds since 1970.
     pub fn event(&self, chain_id: u64, log: &Log, timestamp: u64) -> Event {
         let signature = self.signature;

@@ -4,7 +4,7 @@
 //! Exactness is that of the first reading: final blocks by range with the header of the last block beside, later
 //! ones by hash, after their headers were seen to lead to a block that was accepted.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use alloy::primitives::{Address, B256};
@@ -16,9 +16,9 @@ use super::{
 };
 use crate::config::Reading;
 use crate::event::{BlockRange, BlockRef, Header, Log, Recognised, Role, Signatures};
-use crate::store::{LateRead, LateStretch, on_disk};
+use crate::store::{Escrow, LateRead, LateStretch, on_disk};
 
-/// Whose logs a late read asks for, in blocks that are all of one kind.
+/// What a late read looks for now.
 struct Pass {
     id: u64,
     /// Signatures to look for in what is registered; none beyond the last block they concern.
@@ -26,8 +26,23 @@ struct Pass {
     topics: Arc<[B256]>,
     /// The factory and the escrows registered, as far as `added` concerns them.
     registered: Vec<Address>,
-    /// Escrows that are joining, each with the first block of its that counts.
-    joining: BTreeMap<Address, u64>,
+    /// Escrows with blocks of which nothing was read before: the first of these, and the first one after them.
+    missing: BTreeMap<Address, (u64, u64)>,
+    /// Late reads that come after this one and will find theirs in these escrows, too.
+    later: Vec<LateRead>,
+    /// The last block to read.
+    last: u64,
+}
+
+/// The logs of a range, and the escrows that turned up in them.
+#[derive(Default)]
+struct LateHarvest {
+    harvest: Harvest,
+    times: HashMap<u64, u64>,
+    /// Not registered before: the block that announced each.
+    fresh: BTreeMap<Address, BlockRef>,
+    /// Known from a later block only: the block that announced each, and the first block that was read.
+    earlier: BTreeMap<Address, (BlockRef, u64)>,
 }
 
 impl<C: Chain> Scanner<C> {
@@ -43,28 +58,25 @@ impl<C: Chain> Scanner<C> {
         let Some((id, read)) = self.store.late_read() else {
             return Ok(Step::Idle);
         };
-        let pass = self.pass(id, &read);
-        let accepted = self.store.next_block().saturating_sub(1);
-        let last = match read.next <= read.to {
-            true => read.to,
-            false if pass.joining.is_empty() => return self.finish_late(&pass, read.next).await,
-            false if read.next >= self.store.next_block() => return self.finish_late(&pass, read.next).await,
-            false => accepted,
-        };
-        let last_final = self.finalized.unwrap_or(0).min(last);
+        let (pass, next) = (self.pass(id, &read), read.next);
+        if next > pass.last {
+            self.accept_late(&pass, LateStretch { next, ..LateStretch::default() }, next).await?;
+            return Ok(Step::Progress);
+        }
+        let last_final = self.finalized.unwrap_or(0).min(pass.last);
         let (by_range, count, last) = match self.settings.reading {
-            _ if read.next <= last_final => (true, self.limits.range(), last_final),
-            Reading::Ranged => (true, self.limits.range(), last),
-            Reading::Linked => (false, LINKED_BLOCKS.min(self.limits.range()), last),
+            _ if next <= last_final => (true, self.limits.range(), last_final),
+            Reading::Ranged => (true, self.limits.range(), pass.last),
+            Reading::Linked => (false, LINKED_BLOCKS.min(self.limits.range()), pass.last),
         };
-        let range = BlockRange::starting_at(read.next, count, last).expect("next is not above last");
-        let everyone = !by_range && self.limits.topics_only(pass.registered.len() + pass.joining.len());
+        let range = BlockRange::starting_at(next, count, last).expect("next is not above last");
+        let everyone = !by_range && self.limits.topics_only(pass.registered.len() + pass.missing.len());
         let harvested = match by_range {
             true => self.late_range(&pass, range).await.map(Some),
             false => self.late_linked(&pass, range, everyone).await,
         };
-        let (harvest, times) = match harvested {
-            Ok(Some(harvested)) => harvested,
+        let found = match harvested {
+            Ok(Some(found)) => found,
             Ok(None) => return Ok(Step::Idle),
             Err(Trouble::Refused { .. }) if everyone => {
                 self.limits.refuse_topics_only();
@@ -75,17 +87,15 @@ impl<C: Chain> Scanner<C> {
             }
             Err(trouble) => return Err(trouble),
         };
-        let stretch = self.late_stretch(&pass, &harvest, &times, range.to() + 1).await?;
-        self.accept_late(&pass, stretch, read.next).await?;
+        let stretch = self.late_stretch(&pass, &found, range.to() + 1).await?;
+        self.accept_late(&pass, stretch, next).await?;
         self.limits.grow(range.blocks());
         Ok(Step::Progress)
     }
 
     fn pass(&self, id: u64, read: &LateRead) -> Pass {
-        let added = match read.next <= read.to {
-            true => self.signatures.only(&read.signatures),
-            false => Signatures::default(),
-        };
+        let within = read.next <= read.to;
+        let added = if within { self.signatures.only(&read.signatures) } else { Signatures::default() };
         let registry = self.store.registry();
         let mut registered = Vec::new();
         if !added.announcement_topics().is_empty() {
@@ -94,14 +104,15 @@ impl<C: Chain> Scanner<C> {
         if !added.lifecycle_topics().is_empty() {
             registered.extend(registry.watched().iter());
         }
-        let joining = registry.joining(id).collect();
-        Pass { id, topics: added.topics().into(), added, registered, joining }
-    }
-
-    /// Commits that nothing is left to read.
-    async fn finish_late(&mut self, pass: &Pass, next: u64) -> Result<Step, Trouble> {
-        self.accept_late(pass, LateStretch { next, ..LateStretch::default() }, next).await?;
-        Ok(Step::Progress)
+        let next_block = self.store.next_block();
+        let joining = registry.joining(id).map(|(escrow, from)| (escrow, (from, next_block)));
+        let missing: BTreeMap<Address, (u64, u64)> = joining.chain(registry.uncovered()).collect();
+        let last = match missing.values().map(|(_, end)| *end).max() {
+            Some(end) if !within => end.saturating_sub(1),
+            Some(_) | None => read.to,
+        };
+        let later = self.store.late_reads_after(id);
+        Pass { id, topics: added.topics().into(), added, registered, missing, later, last }
     }
 
     async fn accept_late(&mut self, pass: &Pass, stretch: LateStretch, from: u64) -> Result<(), Trouble> {
@@ -122,31 +133,26 @@ impl<C: Chain> Scanner<C> {
     }
 
     /// Final blocks, or all where the configuration says so.
-    async fn late_range(
-        &self,
-        pass: &Pass,
-        range: BlockRange,
-    ) -> Result<(Harvest, HashMap<u64, u64>), Trouble> {
-        let mut harvest = Harvest::default();
-        let end = self
-            .gather_range(&mut harvest, range, |this| pass.calls(this, Span::Range(range), false))
-            .await?;
+    async fn late_range(&self, pass: &Pass, range: BlockRange) -> Result<LateHarvest, Trouble> {
+        let mut found = LateHarvest::default();
+        let calls = pass.calls(self, Span::Range(range), false);
+        let end = self.gather_range(&mut found.harvest, range, calls).await?;
         if self.store.cursor().is_some_and(|cursor| cursor.number == range.to() && cursor != end.block) {
             return Err(Trouble::Disagreement(format!("block {} is not the one accepted", range.to())));
         }
-        let fresh = self.discover(&mut harvest, &pass.added);
-        if let Some(first) = fresh.iter().map(|(_, block)| block.number).min() {
+        self.discover_late(pass, &mut found).await?;
+        let turned_up = found.turned_up();
+        if let Some(first) = turned_up.iter().map(|(_, block)| *block).min() {
             let span = range.tail(first).expect("announced inside the range");
-            let escrows: Vec<Address> = fresh.iter().map(|(escrow, _)| *escrow).collect();
-            let calls =
-                |this: &Self| this.log_calls(Span::Range(span), None, &escrows, &this.lifecycle_topics);
-            let again = self.gather_range(&mut harvest, span, calls).await?;
+            let escrows: Vec<Address> = turned_up.iter().map(|(escrow, _)| *escrow).collect();
+            let calls = self.log_calls(Span::Range(span), None, &escrows, &self.lifecycle_topics);
+            let again = self.gather_range(&mut found.harvest, span, calls).await?;
             if again.block != end.block {
                 return Err(Trouble::Disagreement(format!("two headers of block {}", range.to())));
             }
         }
-        let times = self.times(&harvest, end).await?;
-        Ok((harvest, times))
+        found.times = self.times(&found.harvest, end).await?;
+        Ok(found)
     }
 
     /// Asks these calls and for the header of the range's last block, which is returned.
@@ -154,11 +160,10 @@ impl<C: Chain> Scanner<C> {
         &self,
         harvest: &mut Harvest,
         range: BlockRange,
-        calls: impl Fn(&Self) -> Vec<Call>,
+        mut calls: Vec<Call>,
     ) -> Result<Header, Trouble> {
-        let mut all = vec![Call::Header(BlockTag::Number(range.to()))];
-        all.extend(calls(self));
-        let mut answers = self.ask(all).await?.into_iter();
+        calls.insert(0, Call::Header(BlockTag::Number(range.to())));
+        let mut answers = self.ask(calls).await?.into_iter();
         let end = whole(range, answers.next().and_then(Answer::header))?;
         for logs in answers {
             harvest.gather(logs.logs(), range, &end)?;
@@ -172,104 +177,153 @@ impl<C: Chain> Scanner<C> {
         pass: &Pass,
         range: BlockRange,
         everyone: bool,
-    ) -> Result<Option<(Harvest, HashMap<u64, u64>)>, Trouble> {
+    ) -> Result<Option<LateHarvest>, Trouble> {
         let remembered = on_disk(&self.store, |store| store.remembered()).await?;
         let Some(known) = remembered.into_iter().rev().find(|block| block.number >= range.to()) else {
             return Ok(None);
         };
         let headers = self.headers_leading_to(range.from(), known).await?;
         let headers = &headers[..range.blocks() as usize];
-        let mut harvest = Harvest::default();
+        let mut found = LateHarvest::default();
         let calls = |header: &Header| pass.calls(self, Span::Block(header.block.hash), everyone);
-        self.gather_linked(&mut harvest, headers, calls).await?;
-        let fresh = self.discover(&mut harvest, &pass.added);
-        if !fresh.is_empty() {
+        self.gather_linked(&mut found.harvest, headers, calls).await?;
+        self.discover_late(pass, &mut found).await?;
+        let turned_up = found.turned_up();
+        if !turned_up.is_empty() {
             let again = |header: &Header| {
-                let announced = fresh.iter().filter(|(_, block)| block.number <= header.block.number);
+                let announced = turned_up.iter().filter(|(_, block)| *block <= header.block.number);
                 let escrows: Vec<Address> = announced.map(|(escrow, _)| *escrow).collect();
                 self.log_calls(Span::Block(header.block.hash), None, &escrows, &self.lifecycle_topics)
             };
-            self.gather_linked(&mut harvest, headers, again).await?;
+            self.gather_linked(&mut found.harvest, headers, again).await?;
         }
-        let times = headers.iter().map(|header| (header.block.number, header.timestamp)).collect();
-        Ok(Some((harvest, times)))
+        found.times = headers.iter().map(|header| (header.block.number, header.timestamp)).collect();
+        Ok(Some(found))
     }
 
     /// The headers from block `from` on to `known`, each the parent of the next: so all are of the chain accepted.
     async fn headers_leading_to(&self, from: u64, known: BlockRef) -> Result<Vec<Header>, Trouble> {
         let calls = (from..=known.number).map(|number| Call::Header(BlockTag::Number(number))).collect();
         let answers = self.ask(calls).await?.into_iter().map(Answer::header);
-        let headers = answers.collect::<Option<Vec<Header>>>();
-        let linked = headers.filter(|headers| {
+        let linked = answers.collect::<Option<Vec<Header>>>().filter(|headers| {
             headers.last().is_some_and(|last| last.block == known)
                 && headers.windows(2).all(|pair| pair[1].parent_hash == pair[0].block.hash)
         });
         linked.ok_or_else(|| Trouble::Disagreement(format!("blocks {from} to {} do not link", known.number)))
     }
 
+    /// Notes the escrows whose announcement was not known, and those that were known from a later one only.
+    async fn discover_late(&self, pass: &Pass, found: &mut LateHarvest) -> Result<(), Trouble> {
+        let mut known: BTreeMap<Address, BlockRef> = BTreeMap::new();
+        for log in found.harvest.logs.values().filter(|log| log.address == self.factory) {
+            if let Recognised::Known(decoded) = pass.added.recognise(Role::Announcement, log) {
+                let (escrow, registry) = (decoded.escrow(log), self.store.registry());
+                if registry.contains(&escrow) {
+                    known.entry(escrow).or_insert(log.block);
+                } else if !registry.is_joining(&escrow) {
+                    found.fresh.entry(escrow).or_insert(log.block);
+                }
+            }
+        }
+        let rows = self.rows(known.keys().copied().collect()).await?;
+        for (escrow, block) in known {
+            let row = &rows[&escrow];
+            // Of one that was imported, whoever did it said from where on it counts.
+            if block.number < row.announced.0 && !row.is_imported() {
+                found.earlier.insert(escrow, (block, row.covered_from));
+            }
+        }
+        Ok(())
+    }
+
+    async fn rows(&self, escrows: Vec<Address>) -> Result<HashMap<Address, Escrow>, Trouble> {
+        Ok(on_disk(&self.store, move |store| store.escrows_of(&escrows)).await?)
+    }
+
     async fn late_stretch(
         &self,
         pass: &Pass,
-        harvest: &Harvest,
-        times: &HashMap<u64, u64>,
+        found: &LateHarvest,
         next: u64,
     ) -> Result<LateStretch, Trouble> {
-        let registered: Vec<Address> =
-            pass.registered.iter().filter(|it| **it != self.factory).copied().collect();
-        let emitters: Vec<Address> = {
-            let emitted: std::collections::BTreeSet<Address> =
-                harvest.logs.values().map(|log| log.address).collect();
-            registered.into_iter().filter(|escrow| emitted.contains(escrow)).collect()
-        };
-        let rows = on_disk(&self.store, move |store| store.escrows_of(&emitters)).await?;
+        let emitters: BTreeSet<Address> = found.harvest.logs.values().map(|log| log.address).collect();
+        let registered = pass.registered.iter().filter(|it| **it != self.factory && emitters.contains(*it));
+        let rows = self.rows(registered.copied().collect()).await?;
         let mut stretch = LateStretch { next, ..LateStretch::default() };
-        for log in harvest.logs.values() {
+        for log in found.harvest.logs.values() {
             let since = rows.get(&log.address).map(|escrow| escrow.announced.0);
-            match self.recognise_late(pass, harvest, since, log) {
+            match self.recognise_late(pass, found, since, log) {
                 Recognised::Unknown => {}
                 Recognised::Malformed(reason) => stretch.quarantined.push(quarantined(log, reason)),
                 Recognised::Known(decoded) => {
-                    stretch.events.push(decoded.event(self.settings.id, log, times[&log.block.number]));
+                    let time = found.times[&log.block.number];
+                    stretch.events.push(decoded.event(self.settings.id, log, time));
                 }
             }
         }
         stretch.events.sort_by_key(|event| event.order());
-        stretch.announced = harvest.fresh.iter().map(|(escrow, block)| (*escrow, *block)).collect();
+        stretch.announced = found.fresh.iter().map(|(escrow, block)| (*escrow, *block)).collect();
         stretch.announced.sort_by_key(|(escrow, block)| (block.number, *escrow));
+        stretch.announced_earlier =
+            found.earlier.iter().map(|(escrow, (block, _))| (*escrow, *block)).collect();
         Ok(stretch)
     }
 
-    /// `since`: the block that announced the emitter, if it is registered. Only what was not read before counts,
-    /// whatever the node answers beyond what was asked for.
+    /// `since`: the block the emitter counts from, if it is registered. Only what was not read before counts, whatever
+    /// the node answers beyond what was asked for.
     fn recognise_late<'a>(
         &'a self,
         pass: &'a Pass,
-        harvest: &Harvest,
+        found: &LateHarvest,
         since: Option<u64>,
         log: &Log,
     ) -> Recognised<'a> {
-        if log.address == self.factory {
+        let (address, block) = (&log.address, log.block.number);
+        if *address == self.factory {
             match pass.added.recognise(Role::Announcement, log) {
                 Recognised::Unknown => {}
                 known => return known,
             }
         }
-        let fresh = harvest.fresh.get(&log.address).map(|block| block.number);
-        let joining = pass.joining.get(&log.address).copied().or(fresh);
-        match (joining, since) {
-            (Some(from), _) if log.block.number >= from => self.signatures.recognise(Role::Lifecycle, log),
-            (None, Some(from)) if log.block.number >= from => pass.added.recognise(Role::Lifecycle, log),
-            _ => Recognised::Unknown,
+        let fresh = found.fresh.get(address).map(|announced| (announced.number, u64::MAX));
+        let earlier = found.earlier.get(address).map(|(announced, covered)| (announced.number, *covered));
+        let missing = fresh.or(earlier).or_else(|| pass.missing.get(address).copied());
+        if missing.is_some_and(|(from, end)| (from..end).contains(&block)) {
+            match self.signatures.recognise(Role::Lifecycle, log) {
+                Recognised::Known(decoded) if pass.is_left_to_later(decoded.signature(), block) => {
+                    Recognised::Unknown
+                }
+                recognised => recognised,
+            }
+        } else if since.is_some_and(|since| block >= since) {
+            pass.added.recognise(Role::Lifecycle, log)
+        } else {
+            Recognised::Unknown
         }
     }
 }
 
+impl LateHarvest {
+    /// Escrows whose logs have to be asked for, from that block on.
+    fn turned_up(&self) -> Vec<(Address, u64)> {
+        let fresh = self.fresh.iter().map(|(escrow, block)| (*escrow, block.number));
+        fresh.chain(self.earlier.iter().map(|(escrow, (block, _))| (*escrow, block.number))).collect()
+    }
+}
+
 impl Pass {
+    fn is_left_to_later(&self, signature: &str, block: u64) -> bool {
+        let finds = |read: &LateRead| {
+            (read.next..=read.to).contains(&block) && read.signatures.iter().any(|text| text == signature)
+        };
+        self.later.iter().any(finds)
+    }
+
     /// What to ask about a span. `everyone`: without addresses.
     fn calls<C: Chain>(&self, scanner: &Scanner<C>, span: Span, everyone: bool) -> Vec<Call> {
         let mut calls = Vec::new();
-        let joining: Vec<Address> = self.joining.keys().copied().collect();
-        for (addresses, topics) in [(&self.registered, &self.topics), (&joining, &scanner.lifecycle_topics)] {
+        let missing: Vec<Address> = self.missing.keys().copied().collect();
+        for (addresses, topics) in [(&self.registered, &self.topics), (&missing, &scanner.lifecycle_topics)] {
             match everyone && !addresses.is_empty() {
                 true => {
                     let topics = Arc::clone(topics);

@@ -10,7 +10,7 @@ use tracing::{info, warn};
 
 use super::{Answer, BlockTag, Call, Chain, LINKED_BLOCKS, LogFilter, Refused, Scanner, Span, Step, Trouble};
 use crate::config::Reading;
-use crate::event::{BlockRange, BlockRef, Header, Log, Recognised, Role, Signatures};
+use crate::event::{BlockRange, BlockRef, Header, Log, Recognised, Role};
 use crate::store::{Quarantined, Stretch, on_disk};
 
 /// Logs of a stretch of blocks with the escrows found in them.
@@ -21,7 +21,7 @@ pub(super) struct Harvest {
     /// Of which fork each block with logs is.
     forks: HashMap<u64, B256>,
     /// Escrows not registered before, with the block that announced each.
-    pub(super) fresh: HashMap<Address, BlockRef>,
+    fresh: HashMap<Address, BlockRef>,
 }
 
 impl<C: Chain> Scanner<C> {
@@ -99,7 +99,7 @@ impl<C: Chain> Scanner<C> {
         for logs in logs {
             harvest.gather(logs.logs(), range, &end)?;
         }
-        let fresh = self.discover(&mut harvest, &self.signatures);
+        let fresh = self.discover(&mut harvest);
         if let Some(first) = fresh.iter().map(|(_, block)| block.number).min() {
             let span = range.tail(first).expect("announced inside the range");
             let addresses: Vec<Address> = fresh.iter().map(|(address, _)| *address).collect();
@@ -134,15 +134,11 @@ impl<C: Chain> Scanner<C> {
     }
 
     /// Notes the escrows announced in the harvest that are not registered yet, and returns them.
-    pub(super) fn discover(
-        &self,
-        harvest: &mut Harvest,
-        signatures: &Signatures,
-    ) -> Vec<(Address, BlockRef)> {
+    fn discover(&self, harvest: &mut Harvest) -> Vec<(Address, BlockRef)> {
         let registry = self.store.registry();
         let mut found = Vec::new();
         for log in harvest.logs.values().filter(|log| log.address == self.factory) {
-            if let Recognised::Known(decoded) = signatures.recognise(Role::Announcement, log) {
+            if let Recognised::Known(decoded) = self.signatures.recognise(Role::Announcement, log) {
                 let escrow = decoded.escrow(log);
                 let registered = registry.contains(&escrow) || registry.is_joining(&escrow);
                 if !registered && !harvest.fresh.contains_key(&escrow) {
@@ -266,7 +262,7 @@ impl<C: Chain> Scanner<C> {
             false => self.log_calls(span, Some(self.factory), watched, &self.topics),
         };
         self.gather_linked(&mut harvest, headers, |header| first(Span::Block(header.block.hash))).await?;
-        let fresh = self.discover(&mut harvest, &self.signatures);
+        let fresh = self.discover(&mut harvest);
         if fresh.is_empty() || everyone {
             return Ok(harvest);
         }
@@ -331,7 +327,7 @@ impl<C: Chain> Scanner<C> {
         let mut stretch = Stretch { blocks, finalized: self.finalized, ..Stretch::default() };
         let registry = self.store.registry();
         for log in harvest.logs.values() {
-            let registered = registry.contains(&log.address)
+            let registered = registry.counts(&log.address, log.block.number)
                 || harvest.fresh.get(&log.address).is_some_and(|block| log.block.number >= block.number);
             let recognised = match log.address == self.factory {
                 true => self.signatures.recognise(Role::Announcement, log),

@@ -1,3 +1,5 @@
+mod late;
+
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::num::NonZeroU64;
 use std::sync::Mutex;
@@ -50,17 +52,22 @@ impl Fake {
 
     /// A block with these announcements, then these approvals, all in one transaction.
     fn extend(&self, announced: &[u8], approved: &[u8]) {
+        let announced = announced.iter().map(|it| (FACTORY, DEPLOYED, *it));
+        let approved = approved.iter().map(|it| (escrow(*it), APPROVED, *it));
+        self.extend_with(&announced.chain(approved).collect::<Vec<_>>());
+    }
+
+    /// A block with these logs: emitter, signature and the escrow in the only argument.
+    fn extend_with(&self, logs: &[(Address, &str, u8)]) {
         let mut blocks = self.blocks.lock().unwrap();
         let mut salt = self.salt.lock().unwrap();
         *salt += 1;
         let number = blocks.len() as u64;
         let block = BlockRef { number, hash: keccak256(salt.to_be_bytes()) };
         let parent_hash = blocks.last().map_or(B256::ZERO, |block| block.header.block.hash);
-        let announced = announced.iter().map(|it| (FACTORY, DEPLOYED, *it));
-        let all = announced.chain(approved.iter().map(|it| (escrow(*it), APPROVED, *it)));
-        let logs = all.enumerate().map(|(index, (address, signature, it))| Log {
-            address,
-            topics: vec![AbiEvent::parse(signature).unwrap().selector(), escrow(it).into_word()],
+        let logs = logs.iter().enumerate().map(|(index, (address, signature, it))| Log {
+            address: *address,
+            topics: vec![AbiEvent::parse(signature).unwrap().selector(), escrow(*it).into_word()],
             data: Default::default(),
             block,
             transaction_hash: B256::ZERO,

@@ -67,6 +67,31 @@ impl<'txn> Lanes<'txn> {
         Ok(true)
     }
 
+    /// An earlier announcement of a watched escrow was found: what it emitted in between has yet to be read.
+    pub fn announce_earlier(&mut self, address: Address, block: BlockRef) -> Result<(), StoreError> {
+        let escrow = self.lane(address)?;
+        assert!(block.number < escrow.announced.0, "an earlier announcement");
+        escrow.announced = (block.number, block.hash);
+        Ok(())
+    }
+
+    /// The escrow's logs were read from that block on, or from its announcement on where that is later.
+    pub fn cover(&mut self, address: Address, from: u64) -> Result<(), StoreError> {
+        let escrow = self.lane(address)?;
+        escrow.covered_from = escrow.covered_from.min(from.max(escrow.announced.0));
+        Ok(())
+    }
+
+    /// A late read has read all blocks below `next`. `true`: none of the escrow's is missing any more.
+    pub fn cover_upto(&mut self, address: Address, next: u64) -> Result<bool, StoreError> {
+        let escrow = self.lane(address)?;
+        let covered = next >= escrow.covered_from;
+        if covered {
+            escrow.covered_from = escrow.announced.0;
+        }
+        Ok(covered)
+    }
+
     /// From now on the escrow is watched.
     pub fn joined(&mut self, address: Address) -> Result<(), StoreError> {
         self.lane(address)?.state = EscrowState::Active;

@@ -33,6 +33,8 @@ pub enum Added {
 pub struct LateStretch {
     /// Escrows that were not registered, with the block that announced each.
     pub announced: Vec<(Address, BlockRef)>,
+    /// Escrows that are watched, with a block that announced them before the one they are known from.
+    pub announced_earlier: Vec<(Address, BlockRef)>,
     /// Events in the order of [`Event::order`].
     pub events: Vec<Event>,
     /// Logs that do not decode.
@@ -88,8 +90,16 @@ fn append(table: &mut LateReads<'_>, read: &LateRead) -> Result<u64, StoreError>
 }
 
 /// After a fork what was read above it is read again: by the late read for escrows that join, and by the scanner,
-/// which knows the added signatures, for all others.
-pub(super) fn go_back(transaction: &WriteTransaction, above: u64) -> Result<(), StoreError> {
+/// which knows the added signatures, for all that are watched.
+pub(super) fn go_back(
+    transaction: &WriteTransaction,
+    lanes: &mut Lanes<'_>,
+    uncovered: Vec<Address>,
+    above: u64,
+) -> Result<(), StoreError> {
+    for escrow in uncovered {
+        lanes.cover(escrow, above)?;
+    }
     let mut table = transaction.open_table(LATE_READS)?;
     let mut changed = Vec::new();
     for row in table.iter()? {
@@ -113,6 +123,11 @@ impl Store {
         lock(&self.late_reads).first_key_value().map(|(id, read)| (*id, read.clone()))
     }
 
+    /// Those whose turn comes after that one.
+    pub fn late_reads_after(&self, id: u64) -> Vec<LateRead> {
+        lock(&self.late_reads).range(id + 1..).map(|(_, read)| read.clone()).collect()
+    }
+
     /// Commits what a late read found and where it stands. `true`: it is done, and its escrows are watched.
     pub fn accept_late(&self, id: u64, stretch: &LateStretch) -> Result<bool, StoreError> {
         let mut late_reads = lock(&self.late_reads).clone();
@@ -124,6 +139,9 @@ impl Store {
             for (escrow, block) in &stretch.announced {
                 lanes.join(*escrow, *block, id)?;
             }
+            for (escrow, block) in &stretch.announced_earlier {
+                lanes.announce_earlier(*escrow, *block)?;
+            }
             let mut log = transaction.open_table(EVENT_LOG)?;
             for event in &stretch.events {
                 let entry = lanes.event(event, true)?;
@@ -132,13 +150,18 @@ impl Store {
             }
             quarantine(&transaction, &stretch.quarantined)?;
             read.next = stretch.next;
-            let joining: Vec<Address> = {
-                let before = self.registry();
-                let before = before.joining(id).map(|(escrow, _)| escrow);
-                before.chain(stretch.announced.iter().map(|(escrow, _)| *escrow)).collect()
-            };
-            let next_block = next_block(&progress);
-            let done = if joining.is_empty() { read.next > read.to } else { read.next >= next_block };
+            let registry = self.registry();
+            let found = stretch.announced.iter().map(|(escrow, _)| *escrow);
+            let joining: Vec<Address> = registry.joining(id).map(|(escrow, _)| escrow).chain(found).collect();
+            let found = stretch.announced_earlier.iter().map(|(escrow, _)| *escrow);
+            let uncovered: Vec<Address> =
+                registry.uncovered().map(|(escrow, _)| escrow).chain(found).collect();
+            drop(registry);
+            let mut done = read.next > read.to;
+            for escrow in uncovered {
+                done &= lanes.cover_upto(escrow, read.next)?;
+            }
+            done &= joining.is_empty() || read.next >= next_block(&progress);
             let mut table = transaction.open_table(LATE_READS)?;
             if done {
                 for escrow in joining {

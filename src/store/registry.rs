@@ -17,6 +17,10 @@ pub struct Registry {
     watched: Arc<Vec<Address>>,
     /// Escrows that are joining: the late read that reads them, and the first block of theirs that counts.
     joining: BTreeMap<Address, (u64, u64)>,
+    /// Watched escrows whose earlier announcement was found late: its block, and the first block that was read.
+    uncovered: BTreeMap<Address, (u64, u64)>,
+    /// Escrows that were imported: the first block of theirs that counts, which no announcement says.
+    imported: BTreeMap<Address, u64>,
 }
 
 impl Registry {
@@ -34,6 +38,14 @@ impl Registry {
 
     /// Makes memory agree with a row that was committed.
     pub(super) fn set(&mut self, address: Address, row: Option<&Escrow>) {
+        match row.filter(|escrow| escrow.is_imported()) {
+            Some(escrow) => self.imported.insert(address, escrow.covered_from),
+            None => self.imported.remove(&address),
+        };
+        match row.filter(|it| it.state == EscrowState::Active && it.announced.0 < it.covered_from) {
+            Some(escrow) => self.uncovered.insert(address, (escrow.announced.0, escrow.covered_from)),
+            None => self.uncovered.remove(&address),
+        };
         match row.map(|escrow| (escrow.state, escrow.covered_from)) {
             Some((EscrowState::Joining { late_read }, from)) => {
                 self.joining.insert(address, (late_read, from));
@@ -65,6 +77,11 @@ impl Registry {
         self.places.contains_key(address)
     }
 
+    /// Whether a log of this address in this block is an event of a watched escrow.
+    pub fn counts(&self, address: &Address, block: u64) -> bool {
+        self.contains(address) && self.imported.get(address).is_none_or(|from| block >= *from)
+    }
+
     /// Whether the address is registered, and its history is still being read.
     pub fn is_joining(&self, address: &Address) -> bool {
         self.joining.contains_key(address)
@@ -74,6 +91,11 @@ impl Registry {
     pub fn joining(&self, late_read: u64) -> impl Iterator<Item = (Address, u64)> {
         let of_it = self.joining.iter().filter(move |(_, (read, _))| *read == late_read);
         of_it.map(|(address, (_, from))| (*address, *from))
+    }
+
+    /// Watched escrows with blocks that a late read has yet to read: the first of these, and the first one after them.
+    pub fn uncovered(&self) -> impl Iterator<Item = (Address, (u64, u64))> {
+        self.uncovered.iter().map(|(address, blocks)| (*address, *blocks))
     }
 
     /// How many are watched.

@@ -78,9 +78,9 @@ pub(super) struct Progress {
 /// One escrow of the registry.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Escrow {
-    /// Height and hash of the block that announced it.
+    /// Height and hash of the block that announced it. Imported: of the first block that counts, and no hash.
     pub announced: (u64, B256),
-    /// Its logs have been read from this block on.
+    /// Its logs have been read from this block on; the announcement may have been found later, in an earlier block.
     pub covered_from: u64,
     /// The sequence its last message carries; 0 before the first.
     pub last_sequence: u64,
@@ -88,6 +88,13 @@ pub struct Escrow {
     pub ended: Option<u64>,
     /// Whether it is watched.
     pub state: EscrowState,
+}
+
+impl Escrow {
+    /// Whether somebody registered it by hand, and no announcement did.
+    pub fn is_imported(&self) -> bool {
+        self.announced.1 == B256::ZERO
+    }
 }
 
 /// Whether an escrow is watched.

@@ -357,6 +357,15 @@ impl Finished {
         self.failed_with(0, &[])
     }
 
+    /// Panics unless it ended with 0 and printed all of this.
+    pub fn good_with_stdout(self, printed: &[&str]) -> Self {
+        let stdout = self.stdout.join("\n");
+        for text in printed {
+            assert!(stdout.contains(text), "no {text:?} in:\n{stdout}");
+        }
+        self.good()
+    }
+
     /// Panics unless it ended with this code and said all of this.
     pub fn failed_with(self, code: i32, said: &[&str]) -> Self {
         assert_eq!(self.code, Some(code), "exit code; stderr:\n{}", self.stderr);

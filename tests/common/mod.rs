@@ -18,10 +18,13 @@
 
 pub mod anvil;
 pub mod chain;
+pub mod example;
 pub mod pubsub;
 pub mod relay;
+pub mod settlement;
 
 pub use anvil::Anvil;
 pub use chain::{Chain, Contract, Log, Receipt};
 pub use pubsub::{Answer, PubSub};
 pub use relay::{Finished, Line, Running, Setup, World};
+pub use settlement::Settlement;

@@ -187,6 +187,40 @@ impl PubSub {
         self.shared.create_subscription(subscription).expect("the subscription can be created")
     }
 
+    /// How many messages the subscription has that were not acknowledged.
+    pub fn waiting(&self, subscription: &str) -> usize {
+        let waiting = self.shared.with_subscription(subscription, |delivery| delivery.waiting());
+        waiting.expect("the subscription is there")
+    }
+
+    /// Waits until every message of the subscription is acknowledged.
+    pub async fn wait_all_acknowledged(&self, subscription: &str) {
+        self.wait(&format!("end of {subscription}"), |state| {
+            state.subscriptions[subscription].waiting() == 0
+        })
+        .await;
+    }
+
+    /// As if every lease of the subscription had run out: what was delivered and not acknowledged comes again.
+    pub fn end_leases(&self, subscription: &str) {
+        let ended = self.shared.with_subscription(subscription, |delivery| delivery.end_leases());
+        ended.expect("the subscription is there");
+        self.shared.notify();
+    }
+
+    /// Publishes one message as any publisher might.
+    pub fn publish(&self, topic: &str, ordering_key: &str, attributes: &[(&str, &str)], data: &[u8]) {
+        let attributes = attributes.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+        let message = PubsubMessage {
+            data: data.to_vec(),
+            attributes: attributes.collect(),
+            ordering_key: ordering_key.to_owned(),
+            ..Default::default()
+        };
+        let request = PublishRequest { topic: topic.to_owned(), messages: vec![message] };
+        self.shared.store(usize::MAX, request).expect("the message can be published");
+    }
+
     // ---- what arrived
 
     pub fn messages(&self) -> Vec<Message> {
@@ -245,6 +279,11 @@ impl PubSub {
     /// Decides the next publish requests, one answer each.
     pub fn next_answers(&self, answers: impl IntoIterator<Item = Answer>) {
         self.shared.faults().next.extend(answers);
+    }
+
+    /// Whether acknowledgements get lost on their way here.
+    pub fn lose_acknowledgements(&self, lose: bool) {
+        self.shared.faults().acknowledgements_get_lost = lose;
     }
 
     /// No faults any more. Requests that hang go on hanging.
@@ -321,6 +360,7 @@ type Decide = Box<dyn FnMut(&Attempt) -> Answer + Send>;
 struct Faults {
     next: VecDeque<Answer>,
     decide: Option<Decide>,
+    acknowledgements_get_lost: bool,
 }
 
 impl Shared {
@@ -465,6 +505,9 @@ impl Shared {
     }
 
     fn acknowledge(&self, subscription: &str, ack_ids: &[String]) -> Result<(), Status> {
+        if self.faults().acknowledgements_get_lost {
+            return Ok(());
+        }
         self.with_subscription(subscription, |delivery| delivery.acknowledge(ack_ids))?;
         self.notify();
         Ok(())

@@ -10,7 +10,7 @@ pub mod proxy;
 pub mod truth;
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -133,24 +133,13 @@ impl Setup {
         let Some(binary) = option_env!("CARGO_BIN_EXE_relayer") else {
             panic!("only integration tests know where the relayer is");
         };
-        let mut child = Command::new(binary)
-            .args(args)
-            .env_clear()
-            .envs(environment)
-            .current_dir(self.folder.path())
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .kill_on_drop(true)
-            .spawn()
-            .expect("the relayer can be started");
-        let output = Arc::new(Output::default());
-        let readers = [
-            output.clone().follow(child.stdout.take().expect("piped"), |texts| &mut texts.out),
-            output.clone().follow(child.stderr.take().expect("piped"), |texts| &mut texts.err),
-        ];
-        let told = TellOnPanic(output.clone());
-        Running { child, output, readers, _told: told, _folder: self.folder.clone() }
+        Running::start(binary.as_ref(), args, environment, self.folder.clone())
+    }
+
+    /// Starts another program in the same folder, with these variables alone.
+    pub fn start_program(&self, program: &Path, args: &[&str], variables: &[(&str, &str)]) -> Running {
+        let environment = variables.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+        Running::start(program, args, environment.collect(), self.folder.clone())
     }
 
     /// Runs `relayer ARGS` to its end.
@@ -214,6 +203,46 @@ pub struct Running {
 }
 
 impl Running {
+    fn start(
+        program: &Path,
+        args: &[&str],
+        environment: BTreeMap<String, String>,
+        folder: Arc<TempDir>,
+    ) -> Running {
+        let mut child = Command::new(program)
+            .args(args)
+            .env_clear()
+            .envs(environment)
+            .current_dir(folder.path())
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()
+            .unwrap_or_else(|error| panic!("{} cannot be started: {error}", program.display()));
+        let output = Arc::new(Output::default());
+        let readers = [
+            output.clone().follow(child.stdout.take().expect("piped"), |texts| &mut texts.out),
+            output.clone().follow(child.stderr.take().expect("piped"), |texts| &mut texts.err),
+        ];
+        let name = program.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        let told = TellOnPanic(name, output.clone());
+        Running { child, output, readers, _told: told, _folder: folder }
+    }
+
+    /// Waits for a line on stderr, of whatever shape, that contains `text`; returns the first.
+    pub async fn wait_said(&mut self, text: &str) -> String {
+        self.wait(&format!("{text:?} on stderr"), |texts| {
+            texts.err.iter().find(|line| line.contains(text)).cloned()
+        })
+        .await
+    }
+
+    /// What was printed to stdout so far.
+    pub fn stdout(&self) -> String {
+        self.output.texts().out.join("\n")
+    }
+
     pub fn lines(&self) -> Vec<Line> {
         self.output.texts().out.iter().map(|text| Line::parse(text)).collect()
     }
@@ -281,7 +310,7 @@ impl Running {
                     if let Some(found) = look(&self.output.texts()) {
                         return found;
                     }
-                    format!("the relayer ended ({:?})", status.expect("it can be waited for"))
+                    format!("it ended ({:?})", status.expect("it can be waited for"))
                 }
                 () = tokio::time::sleep_until(deadline) => format!("{PATIENCE:?} passed"),
             };
@@ -322,7 +351,7 @@ impl Running {
     pub async fn ended(mut self) -> Finished {
         let status = match tokio::time::timeout(PATIENCE, self.child.wait()).await {
             Ok(status) => status.expect("it can be waited for"),
-            Err(_) => panic!("the relayer does not end"),
+            Err(_) => panic!("it does not end"),
         };
         for reader in self.readers {
             reader.await.expect("reading does not panic");
@@ -333,12 +362,12 @@ impl Running {
 }
 
 /// A test that fails while it runs wants to know what it said.
-struct TellOnPanic(Arc<Output>);
+struct TellOnPanic(String, Arc<Output>);
 
 impl Drop for TellOnPanic {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            eprintln!("the relayer said:\n{}", self.0.texts().err.join("\n"));
+            eprintln!("{} said:\n{}", self.0, self.1.texts().err.join("\n"));
         }
     }
 }

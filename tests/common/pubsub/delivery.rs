@@ -110,6 +110,18 @@ impl Delivery {
         self.leased.values().filter(|lease| lease.consumer == consumer).count()
     }
 
+    /// Messages not acknowledged, lent or not.
+    pub fn waiting(&self) -> usize {
+        self.waiting.len() + self.leased.len()
+    }
+
+    /// As if every lease had run out.
+    pub fn end_leases(&mut self) {
+        for id in self.leased.keys().copied().collect::<Vec<_>>() {
+            self.give_back(id);
+        }
+    }
+
     /// Ids of leases that ran out are ignored, as Google's does.
     pub fn acknowledge(&mut self, ack_ids: &[String]) {
         for id in ids(ack_ids) {

@@ -111,12 +111,13 @@ async fn killed_between_the_commit_and_the_acknowledgement_it_applies_once() {
         approvals += 1;
         scene.world.setup.run_to_head().await;
         let settlement = scene.settlement().await;
+        scene.pubsub.end_leases(SUBSCRIPTION); // the killed one's
         settlement.wait_count(&address, approvals, "created").await;
         settlement.kill().await;
-        scene.pubsub.end_leases(SUBSCRIPTION);
     }
     scene.pubsub.lose_acknowledgements(false);
     let settlement = scene.settlement().await;
+    scene.pubsub.end_leases(SUBSCRIPTION);
     scene.all_delivered().await;
     settlement.wait_count(&address, approvals, "created").await;
     assert_eq!(settlement.counts().await["events"], 4);

@@ -238,9 +238,12 @@ impl Running {
         .await
     }
 
-    /// What was printed to stdout so far.
-    pub fn stdout(&self) -> String {
-        self.output.texts().out.join("\n")
+    /// The same on stdout.
+    pub async fn wait_printed(&mut self, text: &str) -> String {
+        self.wait(&format!("{text:?} on stdout"), |texts| {
+            texts.out.iter().find(|line| line.contains(text)).cloned()
+        })
+        .await
     }
 
     pub fn lines(&self) -> Vec<Line> {

@@ -28,8 +28,14 @@ pub fn subscribe(pubsub: &PubSub, topic: &str) {
 impl Settlement {
     /// Starts it, or starts it again on the same database.
     pub async fn start(setup: &Setup, pubsub: &PubSub) -> Settlement {
+        Self::start_at(setup, pubsub, "http://127.0.0.1:0").await
+    }
+
+    /// The same at the address that an earlier one had.
+    pub async fn start_at(setup: &Setup, pubsub: &PubSub, url: &str) -> Settlement {
+        let listen = url.strip_prefix("http://").expect("a URL");
         let program = tokio::task::spawn_blocking(|| example::path("settlement")).await.expect("built");
-        let args = ["--subscription", SUBSCRIPTION, "--listen", "127.0.0.1:0"];
+        let args = ["--subscription", SUBSCRIPTION, "--listen", listen];
         let mut running =
             setup.start_program(&program, &args, &[("PUBSUB_EMULATOR_HOST", &pubsub.endpoint())]);
         let said = running.wait_said("Listening on http://").await;

@@ -1,11 +1,15 @@
 //! The relayer at work, on this machine alone: a real chain (anvil), a Pub/Sub server in this process, a hundred
 //! escrows. `cargo run --release --example demo`; with `-- --keep` it goes on until Ctrl-C.
 //!
-//! It shows what the relayer asked of the node and what arrived, and compares that with the chain's own logs. The
-//! exit code is 1 if they differ.
+//! It shows what the relayer asked of the node and what arrived, compares that with the chain's own logs, and shows what a
+//! settlement service makes of it. The exit code is 1 if anything differs.
 
 #[path = "../tests/common/mod.rs"]
 mod common;
+#[path = "settlement/consumer.rs"]
+mod consumer;
+#[path = "settlement/ledger.rs"]
+mod ledger;
 #[path = "demo/proxy.rs"]
 mod proxy;
 #[path = "demo/truth.rs"]
@@ -13,24 +17,25 @@ mod truth;
 
 use std::collections::BTreeMap;
 use std::panic::AssertUnwindSafe;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use alloy::primitives::Address;
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use common::pubsub::Message;
+use common::pubsub::{Message, Subscription};
 use common::{Anvil, Chain, Contract, PubSub};
 use proxy::{Cost, Poll, Proxy};
 use relayer::config::{Config, LogFormat, Sources};
 use relayer::scan::Until;
-use relayer::store::Store;
+use relayer::store::{Added, Store};
 use relayer::{Ending, Relay, RelayError, telemetry};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 const ESCROWS: usize = 100;
 const CREATED_PER_BLOCK: usize = 25;
@@ -41,7 +46,9 @@ const GROUPS_WATCHED: usize = 8;
 
 const TOPIC: &str = "settlement.events.v1";
 const PROJECT: &str = "demo";
+const SUBSCRIPTION: &str = "projects/demo/subscriptions/settlement";
 /// The built-in default is 4 s, which is made for real chains.
+
 const POLL_INTERVAL: Duration = Duration::from_millis(250);
 /// The built-in `chain.confirmations`: an event is relayed once that many blocks follow its own.
 const CONFIRMATIONS: u64 = 2;
@@ -119,10 +126,12 @@ async fn demo(keep: bool, stop: CancellationToken) -> Result<()> {
     let pubsub = PubSub::start().await;
     let topic = pubsub.create_topic(&format!("projects/{PROJECT}/topics/{TOPIC}"));
     say(&format!("{}, topic {topic}", pubsub.endpoint()));
+    let folder = TempDir::new().context("no temporary folder")?;
+    let settlement = Settlement::start(&pubsub, &topic, folder.path().join("settlement.db")).await?;
+    say("A settlement service subscribes to it and keeps its rows in SQLite: examples/settlement.");
 
     step(3, "The relayer, with its built-in defaults and these variables");
     let proxy = Proxy::start(anvil.url()).await?;
-    let folder = TempDir::new().context("no temporary folder")?;
     let environment = BTreeMap::from([
         ("CHAIN_ID", chain.chain_id().await.to_string()),
         ("START_BLOCK", start_block.to_string()),
@@ -150,6 +159,7 @@ async fn demo(keep: bool, stop: CancellationToken) -> Result<()> {
     let creating = world.create().await?;
     say(&format!("created in {} blocks, {CREATED_PER_BLOCK} in each", ESCROWS / CREATED_PER_BLOCK));
     world.relayed(ESCROWS, ": an EscrowDeployed for each").await?;
+    let created = settlement.row(world.escrows[0].address, "created", 0).await?;
 
     step(5, "They live: two approvals each, then a release or a refund");
     let mark = world.proxy.mark();
@@ -212,12 +222,77 @@ async fn demo(keep: bool, stop: CancellationToken) -> Result<()> {
     say(&format!("Pub/Sub:    {} messages with {} ordering keys", compared.messages, compared.escrows));
     say("Each of the other logs arrived, once, with its arguments, and in order for every escrow.");
 
+    step(11, "What for: the settlement service's row of that escrow, before and after");
+    let ended = settlement.row(world.escrows[0].address, "released", 2).await?;
+    say(&format!("{:<6}  {:<8}  {:>15}  {}", "", "status", "approvals_count", "amount"));
+    for (when, row) in [("step 4", &created), ("now", &ended)] {
+        let amount = row.amount.as_deref().unwrap_or("-");
+        say(&format!("{when:<6}  {:<8}  {:>15}  {amount}", row.status, row.approvals_count));
+    }
+    settlement.compare(&world.escrows).await?;
+    say(&format!("All {ESCROWS} rows agree with what the contracts themselves say."));
+
     if keep {
         world.keep_going(&stop).await?;
     }
     world.stop_relayer().await?;
     println!("\nDone, after {:.1} s.", began.elapsed().as_secs_f64());
     Ok(())
+}
+
+/// The consumer of examples/settlement, in this process.
+struct Settlement {
+    state: Arc<consumer::State>,
+    /// Ends it.
+    _stop: DropGuard,
+}
+
+impl Settlement {
+    async fn start(pubsub: &PubSub, topic: &str, database: PathBuf) -> Result<Self> {
+        pubsub.create_subscription(Subscription {
+            name: SUBSCRIPTION.to_owned(),
+            topic: topic.to_owned(),
+            enable_message_ordering: true,
+            ..Default::default()
+        });
+        let state = consumer::State::new(ledger::Ledger::open(&database)?);
+        let subscriber = consumer::connect(Some(&pubsub.endpoint())).await?;
+        let stop = CancellationToken::new();
+        let (consuming, stopping) = (state.clone(), stop.clone());
+        tokio::spawn(
+            async move { consumer::consume(&subscriber, SUBSCRIPTION, &consuming, &stopping).await },
+        );
+        Ok(Self { state, _stop: stop.drop_guard() })
+    }
+
+    fn look(&self, escrow: Address) -> Option<ledger::Escrow> {
+        let ledger = self.state.ledger.lock().expect("no panic while held");
+        ledger.escrow(&format!("{escrow:#x}")).expect("the database can be read")
+    }
+
+    /// The row, once it is as it should be.
+    async fn row(&self, escrow: Address, status: &str, approvals: i64) -> Result<ledger::Escrow> {
+        let is_so = |row: &ledger::Escrow| row.status == status && row.approvals_count == approvals;
+        eventually(|| self.look(escrow).as_ref().is_some_and(is_so)).await;
+        let row = self.look(escrow);
+        let wrong = format!("the row of {escrow:#x} should be {status} with {approvals} approvals: {row:?}");
+        row.filter(is_so).with_context(|| wrong)
+    }
+
+    /// Every row against the contract's own state.
+    async fn compare(&self, escrows: &[Contract]) -> Result<()> {
+        for escrow in escrows {
+            let status = match (escrow.get("released").await, escrow.get("refunded").await) {
+                (0, 0) => "created",
+                (_, 0) => "released",
+                (..) => "refunded",
+            };
+            self.row(escrow.address, status, escrow.get("approvalsCount").await as i64).await?;
+        }
+        let counts = self.state.ledger.lock().expect("no panic while held").counts()?;
+        ensure!((counts.gaps, counts.rejected) == (0, 0), "gaps, or messages put aside: {counts:?}");
+        Ok(())
+    }
 }
 
 struct World {
@@ -248,7 +323,7 @@ struct Costs {
 impl World {
     async fn start_relayer(&mut self) -> Result<()> {
         let (config, _) = Config::load(&self.sources)?;
-        let relay = Relay::open(config).await?;
+        let relay = Relay::open(config, Added::Read).await?;
         let store = Arc::clone(relay.store());
         let stop = CancellationToken::new();
         let task = tokio::spawn(relay.run(Until::Forever, stop.clone()));

@@ -198,7 +198,7 @@ async fn an_event_whose_block_returns_to_the_chain_counts_again_under_the_same_i
             ("epoch", "9"),
             ("escrow", escrow),
         ];
-        scene.pubsub.publish(TOPIC, escrow, &attributes, data.to_string().as_bytes());
+        scene.pubsub.publish(TOPIC, escrow, &attributes, data.to_string().as_bytes()).await;
         scene.all_delivered().await;
         let row = settlement.row(escrow).await;
         let count = if row.is_null() { 0 } else { row["approvals_count"].as_u64().expect("a number") };
@@ -254,7 +254,7 @@ async fn what_it_cannot_understand_is_put_aside_and_a_missing_message_is_noticed
     let scene = Scene::new().await;
     let settlement = scene.settlement().await;
     let escrow = "0x00000000000000000000000000000000000000aa";
-    let publish = |name: &str, sequence: &str, data: &[u8]| {
+    let publish = async |name: &str, sequence: &str, data: &[u8]| {
         let attributes = [
             ("event_type", name),
             ("event_id", sequence),
@@ -262,16 +262,16 @@ async fn what_it_cannot_understand_is_put_aside_and_a_missing_message_is_noticed
             ("epoch", "9"),
             ("escrow", escrow),
         ];
-        scene.pubsub.publish(TOPIC, escrow, &attributes, data);
+        scene.pubsub.publish(TOPIC, escrow, &attributes, data).await;
     };
     let body = json!({ "chain_id": 1, "block_number": 7, "log_index": 0, "approver": "0x01" }).to_string();
-    publish("Approved", "1", body.as_bytes());
-    publish("Approved", "2", b"not JSON");
-    publish("Approved", "two", body.as_bytes());
-    publish("Approved", "2", b"{}");
-    publish("FeeChanged", "2", body.as_bytes());
-    scene.pubsub.publish(TOPIC, escrow, &[("event_name", "Approved")], body.as_bytes());
-    publish("Approved", "5", body.as_bytes());
+    publish("Approved", "1", body.as_bytes()).await;
+    publish("Approved", "2", b"not JSON").await;
+    publish("Approved", "two", body.as_bytes()).await;
+    publish("Approved", "2", b"{}").await;
+    publish("FeeChanged", "2", body.as_bytes()).await;
+    scene.pubsub.publish(TOPIC, escrow, &[("event_name", "Approved")], body.as_bytes()).await;
+    publish("Approved", "5", body.as_bytes()).await;
     scene.all_delivered().await;
     // An escrow whose announcement never came has its approvals.
     let row = settlement.row(escrow).await;

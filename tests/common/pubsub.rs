@@ -3,8 +3,11 @@
 //!
 //! What Google's does and this does not: the throughput limit per ordering key, exactly-once delivery, schemas,
 //! snapshots, the REST side.
+//!
+//! With `PUBSUB_EMULATOR_HOST` set when the tests are run, what is published goes to the server there, too: see `external`.
 
 mod delivery;
+mod external;
 
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
@@ -42,6 +45,7 @@ use tonic::{
 use tonic_prost::{ProstCodec, prost::Message as _};
 
 use delivery::Delivery;
+use external::External;
 
 /// Google's limits on a publish request. Its documentation says 10 MB, for a message and for a request; what it
 /// enforces on a request is somewhat more, on which nobody should count.
@@ -154,7 +158,7 @@ impl PubSub {
     pub async fn start() -> PubSub {
         let listener = TcpListener::bind("127.0.0.1:0").expect("there is a free port");
         let address = listener.local_addr().expect("a bound socket has an address");
-        let shared = Arc::new(Shared::default());
+        let shared = Arc::new(Shared { external: External::from_env(), ..Shared::default() });
         let running = Mutex::new(Some(serve(listener, shared.clone())));
         PubSub { shared, address, running }
     }
@@ -209,7 +213,7 @@ impl PubSub {
     }
 
     /// Publishes one message as any publisher might.
-    pub fn publish(&self, topic: &str, ordering_key: &str, attributes: &[(&str, &str)], data: &[u8]) {
+    pub async fn publish(&self, topic: &str, ordering_key: &str, attributes: &[(&str, &str)], data: &[u8]) {
         let attributes = attributes.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
         let message = PubsubMessage {
             data: data.to_vec(),
@@ -218,7 +222,7 @@ impl PubSub {
             ..Default::default()
         };
         let request = PublishRequest { topic: topic.to_owned(), messages: vec![message] };
-        self.shared.store(usize::MAX, request).expect("the message can be published");
+        self.shared.clone().store(usize::MAX, request).await.expect("the message can be published");
     }
 
     // ---- what arrived
@@ -294,6 +298,9 @@ impl PubSub {
     /// The server is gone: connections break, new ones are refused. What it knows stays.
     pub async fn take_down(&self) {
         let runtime = self.running.lock().expect("no panic while held").take();
+        if let Some(external) = &self.shared.external {
+            external.interrupted();
+        }
         // Waits for the server's threads, so that afterwards nothing listens any more.
         tokio::task::spawn_blocking(|| drop(runtime)).await.expect("the server stops");
     }
@@ -309,6 +316,15 @@ impl Drop for PubSub {
     fn drop(&mut self) {
         if let Some(runtime) = self.running.get_mut().expect("no panic while held").take() {
             runtime.shutdown_background(); // a plain drop waits, which an async test must not
+        }
+        if self.shared.external.is_some() && !thread::panicking() {
+            let shared = self.shared.clone();
+            let verified = thread::spawn(move || {
+                let runtime =
+                    tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+                runtime.block_on(shared.external.as_ref().expect("just seen").verify());
+            });
+            assert!(verified.join().is_ok(), "the other server does not have what was published");
         }
     }
 }
@@ -342,6 +358,7 @@ struct Shared {
     faults: Mutex<Faults>,
     /// Told of every change of `state` for which somebody may be waiting.
     changed: watch::Sender<()>,
+    external: Option<External>,
 }
 
 #[derive(Default)]
@@ -397,7 +414,7 @@ impl Shared {
         self.lock().topics.remove(name).map(drop).ok_or_else(|| not_found(name))
     }
 
-    async fn publish(&self, request: PublishRequest) -> Result<PublishResponse, Status> {
+    async fn publish(self: Arc<Self>, request: PublishRequest) -> Result<PublishResponse, Status> {
         let attempt = {
             let mut state = self.lock();
             let attempt = Attempt {
@@ -424,26 +441,44 @@ impl Shared {
         };
         self.notify();
         match answer {
-            Answer::Store => self.store(attempt.index, request),
+            Answer::Store => self.store(attempt.index, request).await,
             Answer::Refuse(code, message) => Err(Status::new(code, message)),
             Answer::StoreAndFail(code, message) => {
-                self.store(attempt.index, request)?;
+                self.store(attempt.index, request).await?;
                 Err(Status::new(code, message))
             }
             Answer::Hang => pending().await,
             Answer::StoreAndHang => {
-                self.store(attempt.index, request)?;
+                self.store(attempt.index, request).await?;
                 pending().await
             }
             Answer::Delay(delay) => {
                 tokio::time::sleep(delay).await;
-                self.store(attempt.index, request)
+                self.store(attempt.index, request).await
             }
         }
     }
 
-    fn store(&self, index: usize, request: PublishRequest) -> Result<PublishResponse, Status> {
-        check_publish(&request)?;
+    /// In a task of its own: a publisher that gives up must not undo what is half done.
+    async fn store(
+        self: Arc<Self>,
+        index: usize,
+        request: PublishRequest,
+    ) -> Result<PublishResponse, Status> {
+        let storing = tokio::spawn(async move {
+            check_publish(&request)?;
+            if !self.lock().topics.contains_key(&request.topic) {
+                return Err(not_found(&request.topic));
+            }
+            if let Some(external) = &self.external {
+                external.publish(request.clone()).await?;
+            }
+            self.record(index, request)
+        });
+        storing.await.expect("storing does not panic")
+    }
+
+    fn record(&self, index: usize, request: PublishRequest) -> Result<PublishResponse, Status> {
         let mut state = self.lock();
         let state = &mut *state;
         if !state.topics.contains_key(&request.topic) {

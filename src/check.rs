@@ -7,12 +7,19 @@ use std::sync::Arc;
 use alloy::primitives::Address;
 
 use crate::config::{Config, SinkKind};
-use crate::event::{BlockRange, Header};
+use crate::event::{BlockRange, Header, Log, Recognised, Role, Signatures};
 use crate::pubsub::find_topic;
 use crate::rpc::{Refusing, Rpc};
 use crate::scan::{Answer, BlockTag, Call, LogFilter, Refused, Span};
 use crate::store::{Added, Store};
-use crate::{identity, signatures};
+use crate::{identity, sample, signatures};
+
+/// Ranges of `rpc.max_range` blocks in which the factory's logs are looked for, from the head back, at most.
+const EVENT_RANGES: usize = 8;
+/// Logs after which no more are looked for.
+const ENOUGH_LOGS: usize = 20;
+/// Escrows whose logs are looked at.
+const SAMPLED_ESCROWS: usize = 5;
 
 /// One thing tried.
 #[derive(Clone, Debug)]
@@ -131,7 +138,108 @@ async fn check_provider(config: &Config, rpc: &Rpc, provider: usize) -> Vec<Find
     });
     found.push(check_range(config, rpc, provider, head, name("range")).await);
     found.push(check_addresses(config, rpc, provider, head, name("addresses")).await);
+    found.push(check_events(config, rpc, provider, head, name("events")).await);
     found
+}
+
+/// Whether the contracts speak as the configuration has it: logs of the factory, without a topic filter, from the head
+/// back and from the start, and of some escrows that turned up there.
+async fn check_events(config: &Config, rpc: &Rpc, provider: usize, head: Header, name: String) -> Finding {
+    let signatures = match signatures(config) {
+        Ok(signatures) => signatures,
+        Err(error) => return finding(Outcome::Bad, name, error.to_string()),
+    };
+    let (factory, step) = (config.factory.address, config.rpc.max_range.get());
+    let start = config.chain.start_block.unwrap_or(0).min(head.block.number);
+    let (mut logs, mut looked_at, mut next) = (Vec::new(), 0, Some(head.block.number));
+    let beginning = BlockRange::starting_at(start, step, head.block.number);
+    for _ in 0..EVENT_RANGES {
+        // Back from the head; at last the beginning, where a factory that is silent now will have spoken.
+        let Some(to) = next.filter(|to| *to >= start) else { break };
+        let from = to.saturating_sub(step - 1).max(start);
+        let range = BlockRange::new(from, to).expect("from is not above to");
+        match sample::logs_of(rpc, provider, &[factory], range).await {
+            Ok((found, part)) => {
+                logs.extend(found);
+                looked_at += part.blocks();
+                next = part.from().checked_sub(1);
+            }
+            Err(text) => return finding(Outcome::Notable, name, format!("not looked at ({text})")),
+        }
+        if logs.len() >= ENOUGH_LOGS {
+            break;
+        }
+    }
+    if let (Some(beginning), true) = (beginning, logs.is_empty() && next.is_some_and(|next| next >= start))
+        && let Ok((found, part)) = sample::logs_of(rpc, provider, &[factory], beginning).await
+    {
+        logs.extend(found);
+        looked_at += part.blocks();
+    }
+    let ignored = sample::ignored(config);
+    let of_factory = sample::tally(&signatures, &ignored, factory, &logs);
+    let escrows = announced(&signatures, &logs);
+    if let (false, Some(last)) = (escrows.is_empty(), BlockRange::new(start, head.block.number)) {
+        let last = last.tail(head.block.number.saturating_sub(step - 1)).unwrap_or(last);
+        if let Ok((found, _)) = sample::logs_of(rpc, provider, &escrows, last).await {
+            logs.extend(found);
+        }
+    }
+    let all = sample::tally(&signatures, &ignored, factory, &logs);
+    let unknown: Vec<String> = all
+        .unknown
+        .iter()
+        .map(|unknown| {
+            format!("topic0 {} of {:#x} ({})", unknown.topic, unknown.example.address, unknown.key())
+        })
+        .collect();
+    let unknown = unknown.join(", ");
+    match (of_factory.known, all.unknown.is_empty()) {
+        (0, true) => finding(
+            Outcome::Notable,
+            name,
+            format!(
+                "the factory says nothing in the {looked_at} blocks looked at: nothing to compare the signatures with"
+            ),
+        ),
+        (0, false) => finding(
+            Outcome::Bad,
+            name,
+            format!(
+                "the factory speaks, but none of its events is known: {unknown}. A new generation of the contracts? Add its \
+                 signatures"
+            ),
+        ),
+        (_, true) => {
+            let known = all.known;
+            finding(
+                Outcome::Good,
+                name,
+                format!("{known} logs of the factory and {} escrows, all known", escrows.len()),
+            )
+        }
+        (_, false) => finding(
+            Outcome::Notable,
+            name,
+            format!(
+                "known ones and others: {unknown}. Add their signatures, or put them into audit.ignored_events"
+            ),
+        ),
+    }
+}
+
+/// Some of the escrows announced in these logs, the last ones.
+fn announced(signatures: &Signatures, logs: &[Log]) -> Vec<Address> {
+    let mut escrows: Vec<Address> = Vec::new();
+    for log in logs.iter().rev() {
+        if let Recognised::Known(decoded) = signatures.recognise(Role::Announcement, log) {
+            let escrow = decoded.escrow(log);
+            if escrows.len() < SAMPLED_ESCROWS && !escrows.contains(&escrow) {
+                escrows.push(escrow);
+            }
+        }
+    }
+    escrows
 }
 
 fn check_head(config: &Config, name: String, head: Header) -> Finding {

@@ -42,6 +42,8 @@ pub struct Config {
     pub storage: Storage,
     /// What waits in the store.
     pub ledger: Ledger,
+    /// How what was read is checked afterwards.
+    pub audit: Audit,
     /// Where events go.
     pub sink: Sink,
     /// The read-only HTTP server.
@@ -142,6 +144,15 @@ pub struct Storage {
 pub struct Ledger {
     /// Events not yet acknowledged at which reading pauses.
     pub max_waiting: NonZeroU64,
+}
+
+/// How what was read is checked afterwards.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Audit {
+    /// The time between two samples of logs without a topic filter; `None`: none are taken.
+    pub sample_interval: Option<Duration>,
+    /// Events that are known and not relayed; may be empty.
+    pub ignored_events: Vec<Event>,
 }
 
 /// Where events go.
@@ -267,6 +278,8 @@ impl Config {
         let rpc = rpc(&mut reader);
         let storage = reader.required(&keys::STORAGE_PATH);
         let max_waiting = reader.required(&keys::LEDGER_MAX_WAITING);
+        let sample_interval = reader.required(&keys::AUDIT_SAMPLE_INTERVAL);
+        let ignored_events = reader.required(&keys::AUDIT_IGNORED_EVENTS);
         let sink = sink(&mut reader, sources);
         let listen = reader.required(&keys::HTTP_LISTEN);
         let format = reader.required(&keys::LOG_FORMAT);
@@ -281,6 +294,7 @@ impl Config {
                 rpc: rpc?,
                 storage: Storage { path: storage? },
                 ledger: Ledger { max_waiting: max_waiting? },
+                audit: Audit { sample_interval: sample_interval?, ignored_events: ignored_events? },
                 sink: sink?,
                 http: Http { listen: listen? },
                 log: Log { format: format? },

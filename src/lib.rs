@@ -28,6 +28,7 @@ pub mod event;
 pub mod publish;
 pub mod pubsub;
 pub mod rpc;
+pub mod sample;
 pub mod scan;
 pub mod store;
 pub mod telemetry;
@@ -162,6 +163,13 @@ impl Relay {
                 read.next
             );
         }
+        // Ends with the run, whatever it is at.
+        let _sampling = AbortOnDrop(tokio::spawn(sample::watch(
+            self.config.clone(),
+            Arc::clone(&self.rpc),
+            Arc::clone(&self.store),
+            Arc::clone(&self.signatures),
+        )));
         // Either side's end, good or bad, must reach the other.
         let stop = stop.child_token();
         let read = CancellationToken::new();
@@ -219,6 +227,14 @@ pub fn identity(config: &Config, signatures: &Signatures) -> Identity {
         signatures: signatures.identity().to_vec(),
         sink,
         ordering,
+    }
+}
+
+struct AbortOnDrop<T>(JoinHandle<T>);
+
+impl<T> Drop for AbortOnDrop<T> {
+    fn drop(&mut self) {
+        self.0.abort();
     }
 }
 

@@ -142,6 +142,11 @@ impl Rpc {
         self.providers.iter().map(|provider| &provider.url)
     }
 
+    /// Which of the providers is asked now.
+    pub fn provider_in_use(&self) -> usize {
+        self.current.load(Ordering::Relaxed)
+    }
+
     /// Asks one provider once, without retrying: how a check looks at it.
     pub async fn try_once(&self, provider: usize, calls: &[Call]) -> Result<Vec<Outcome>, Refused> {
         match self.attempt(&self.providers[provider], calls).await {

@@ -175,6 +175,11 @@ async fn an_event_of_an_escrow_costs_nothing_beyond_its_block() {
     counted.relayer.wait_for_lines(ESCROWS as usize + 7).await;
 }
 
+fn is_sample(request: &Request) -> bool {
+    let without_topics = |call: &Call| call.method == "eth_getLogs" && call.params[0].get("topics").is_none();
+    request.calls.iter().any(without_topics)
+}
+
 #[tokio::test]
 async fn two_thousand_final_blocks_of_a_hundred_escrows_are_one_request_for_logs() {
     let mut world = World::new().await;
@@ -189,7 +194,9 @@ async fn two_thousand_final_blocks_of_a_hundred_escrows_are_one_request_for_logs
     let last = from + 1999;
     let lines = world.setup.run(&["run", "--until", &last.to_string()]).await.good().lines();
     assert_eq!(lines.len(), 1);
-    let requests = proxy.requests();
+    // Beside, at the start, a sample without topics: of the first blocks and of the last ones read.
+    let (samples, requests): (Vec<Request>, Vec<Request>) = proxy.requests().into_iter().partition(is_sample);
+    assert!(samples.len() <= 2, "{samples:#?}");
     let asked: Vec<&Call> = requests
         .iter()
         .flat_map(|request| &request.calls)

@@ -264,6 +264,21 @@ keys! {
         shape: Number, default: Some("1000000"), plain: None,
         parse: non_zero,
     }
+    AUDIT_SAMPLE_INTERVAL: Option<Duration> {
+        path: "audit.sample_interval",
+        about: "how often logs are read without a topic filter, to find unknown events, such as \"1h\", or \"off\"",
+        shape: Text, default: Some(r#""1h""#), plain: None,
+        parse: |raw| match raw.text() {
+            Some(text) if text == "off" => Ok(None),
+            _ => duration(raw).map(Some),
+        },
+    }
+    AUDIT_IGNORED_EVENTS: Vec<Event> {
+        path: "audit.ignored_events",
+        about: "the signatures of events that are known and not relayed, such as [\"Paused(address account)\"]",
+        shape: List, default: Some(IGNORED_EVENTS_DEFAULT), plain: None,
+        parse: |raw| list(raw, event, |_, _| None),
+    }
     SINK_KIND: Kind {
         path: "sink.kind",
         about: "where events go: \"pubsub\", \"stdout\" or \"file\"",
@@ -350,6 +365,13 @@ const ESCROW_EVENTS_DEFAULT: &str = r#"[
     "EscrowRefunded(address indexed payer)",
     "EscrowRefunded(address indexed payer, uint256 amount)",
     "EscrowRefunded(address indexed payer, uint256 amount, uint256 timestamp)",
+]"#;
+
+/// What the contracts say beside: an escrow's constructor, in two generations, and a change of its arbiter.
+const IGNORED_EVENTS_DEFAULT: &str = r#"[
+    "EscrowCreated(address indexed payer, address indexed payee, address indexed arbiter, uint256 amount, uint256 releaseTime, uint8 approvalsRequired)",
+    "EscrowCreated(address indexed payer, address indexed payee, uint256 amount, uint256 releaseTime, uint8 approvalsRequired)",
+    "ArbiterChanged(address indexed oldArbiter, address indexed newArbiter)",
 ]"#;
 
 /// The bare choice of `sink.kind`.

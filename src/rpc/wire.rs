@@ -111,7 +111,8 @@ struct FilterParam<'a> {
     block_hash: Option<B256>,
     #[serde(skip_serializing_if = "<[Address]>::is_empty")]
     address: &'a [Address],
-    topics: [&'a [B256]; 1],
+    #[serde(skip_serializing_if = "Option::is_none")]
+    topics: Option<[&'a [B256]; 1]>,
 }
 
 impl<'a> FilterParam<'a> {
@@ -125,7 +126,7 @@ impl<'a> FilterParam<'a> {
             to_block: range.map(|range| Tag(BlockTag::Number(range.to()))),
             block_hash,
             address: &filter.addresses,
-            topics: [&filter.topics],
+            topics: (!filter.topics.is_empty()).then_some([&filter.topics]),
         }
     }
 }
@@ -257,5 +258,7 @@ mod tests {
             serde_json::to_value(FilterParam::new(&filter(Span::Block(B256::repeat_byte(7))))).unwrap();
         assert_eq!(block["blockHash"], serde_json::json!(B256::repeat_byte(7)));
         assert!(block.get("fromBlock").is_none());
+        let all = LogFilter { topics: std::sync::Arc::from([]), ..filter(Span::Block(B256::ZERO)) };
+        assert!(serde_json::to_value(FilterParam::new(&all)).unwrap().get("topics").is_none());
     }
 }

@@ -61,7 +61,7 @@ pub struct LogFilter {
     pub span: Span,
     /// From these contracts; from any if there is none.
     pub addresses: Vec<Address>,
-    /// With one of these as `topics[0]`.
+    /// With one of these as `topics[0]`; with any if there is none.
     pub topics: Arc<[B256]>,
 }
 

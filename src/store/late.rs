@@ -11,8 +11,8 @@ use redb::{Database, ReadableDatabase, ReadableTable, Table, WriteTransaction};
 
 use super::lanes::Lanes;
 use super::schema::{
-    EVENT_LOG, Escrow, IDENTITY, Identity, LATE_READS, LateRead, Life, META, Progress, Quarantined, REGISTRY,
-    decode, encode,
+    EVENT_LOG, Entry, Escrow, IDENTITY, Identity, LATE_READS, LateRead, Life, META, Progress, Quarantined,
+    REGISTRY, decode, encode,
 };
 use super::{Store, StoreError, lock, quarantine, write_progress};
 use crate::event::{BlockRef, Event};
@@ -226,6 +226,20 @@ impl Store {
             }
         }
         Ok(rows)
+    }
+
+    /// At most `limit` escrows, those first whose events were stored last.
+    pub fn recent_escrows(&self, limit: usize) -> Result<Vec<Address>, StoreError> {
+        let read = self.db.begin_read()?;
+        let mut recent = Vec::new();
+        // Each may have many events: a bounded look back has to do.
+        for row in read.open_table(EVENT_LOG)?.iter()?.rev().take(20 * limit) {
+            let entry: Entry = decode("event_log", row?.1.value())?;
+            if recent.len() < limit && !recent.contains(&entry.escrow) {
+                recent.push(entry.escrow);
+            }
+        }
+        Ok(recent)
     }
 
     /// Every row of the registry, by address.

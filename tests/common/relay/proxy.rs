@@ -3,13 +3,16 @@
 
 use std::sync::{Arc, Mutex};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinSet};
 
 use super::PATIENCE;
+
+/// Whether a request with these calls is refused.
+type Refuse = Arc<dyn Fn(&[Call]) -> bool + Send + Sync>;
 
 pub struct Proxy {
     port: u16,
@@ -67,6 +70,20 @@ impl Proxy {
 
     /// On a port of one's choice.
     pub async fn start_at(port: u16, node: &str) -> Proxy {
+        Self::start_with(port, node, |_| false).await
+    }
+
+    /// Answers a request that `refuse` picks out with an error for each of its calls.
+    pub async fn refusing(node: &str, refuse: impl Fn(&[Call]) -> bool + Send + Sync + 'static) -> Proxy {
+        Self::start_with(0, node, refuse).await
+    }
+
+    async fn start_with(
+        port: u16,
+        node: &str,
+        refuse: impl Fn(&[Call]) -> bool + Send + Sync + 'static,
+    ) -> Proxy {
+        let refuse: Refuse = Arc::new(refuse);
         let listener = TcpListener::bind(("127.0.0.1", port)).await.expect("the port is free");
         let port = listener.local_addr().expect("it has an address").port();
         let record = Arc::new(Record::default());
@@ -77,7 +94,13 @@ impl Proxy {
             loop {
                 let (stream, _) = listener.accept().await.expect("connections can be accepted");
                 while connections.try_join_next().is_some() {}
-                connections.spawn(serve(stream, http.clone(), node.clone(), recorded.clone()));
+                connections.spawn(serve(
+                    stream,
+                    http.clone(),
+                    node.clone(),
+                    recorded.clone(),
+                    refuse.clone(),
+                ));
             }
         });
         Proxy { port, record, accepting: accepting.abort_handle() }
@@ -123,23 +146,31 @@ impl Drop for Proxy {
 }
 
 /// One connection: request after request. An error ends it, as it would end a real one.
-async fn serve(stream: TcpStream, http: reqwest::Client, node: String, record: Arc<Record>) -> Option<()> {
+async fn serve(
+    stream: TcpStream,
+    http: reqwest::Client,
+    node: String,
+    record: Arc<Record>,
+    refuse: Refuse,
+) -> Option<()> {
     let mut stream = BufReader::new(stream);
     loop {
         let (path, body) = read_request(&mut stream).await?;
         let asked: Value = serde_json::from_slice(&body).ok()?;
         let request = http.post(&node).header("content-type", "application/json").body(body);
-        let answer = request.send().await.ok()?.bytes().await.ok()?;
+        let mut answer = request.send().await.ok()?.bytes().await.ok()?;
+        if refuse(&calls(asked.clone(), &Value::Null)) {
+            let error = json!({ "code": -32000, "message": "the test will not have it" });
+            let refused = |call: Value| json!({ "jsonrpc": "2.0", "id": call["id"], "error": error });
+            let refused = match asked.clone() {
+                Value::Array(calls) => calls.into_iter().map(refused).collect(),
+                call => refused(call),
+            };
+            answer = refused.to_string().into();
+        }
         let answered: Value = serde_json::from_slice(&answer).ok()?;
-        let calls = many(asked).into_iter().map(|call| {
-            let result = many(answered.clone()).into_iter().find(|answer| answer["id"] == call["id"]);
-            Call {
-                method: call["method"].as_str().unwrap_or_default().to_owned(),
-                params: call["params"].clone(),
-                result: result.map_or(Value::Null, |answer| answer["result"].clone()),
-            }
-        });
-        record.requests.lock().expect("no panic while held").push(Request { path, calls: calls.collect() });
+        let calls = calls(asked, &answered);
+        record.requests.lock().expect("no panic while held").push(Request { path, calls });
         record.changed.send_replace(());
         let head = format!(
             "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
@@ -169,6 +200,18 @@ async fn read_request(stream: &mut BufReader<TcpStream>) -> Option<(String, Vec<
     let mut body = vec![0; length];
     stream.read_exact(&mut body).await.ok()?;
     Some((path, body))
+}
+
+fn calls(asked: Value, answered: &Value) -> Vec<Call> {
+    let call = |call: Value| {
+        let result = many(answered.clone()).into_iter().find(|answer| answer["id"] == call["id"]);
+        Call {
+            method: call["method"].as_str().unwrap_or_default().to_owned(),
+            params: call["params"].clone(),
+            result: result.map_or(Value::Null, |answer| answer["result"].clone()),
+        }
+    };
+    many(asked).into_iter().map(call).collect()
 }
 
 fn many(value: Value) -> Vec<Value> {

@@ -48,7 +48,6 @@ const TOPIC: &str = "settlement.events.v1";
 const PROJECT: &str = "demo";
 const SUBSCRIPTION: &str = "projects/demo/subscriptions/settlement";
 /// The built-in default is 4 s, which is made for real chains.
-
 const POLL_INTERVAL: Duration = Duration::from_millis(250);
 /// The built-in `chain.confirmations`: an event is relayed once that many blocks follow its own.
 const CONFIRMATIONS: u64 = 2;

@@ -49,6 +49,7 @@ use pubsub::ConfiguredSink;
 use rpc::Rpc;
 use scan::{ScanError, Scanner, Until};
 use store::{Added, Identity, Store, StoreError};
+use telemetry::metrics;
 
 /// What stopping may take for messages under way to be acknowledged: with the last commit it fits into 8 s.
 const DRAIN: Duration = Duration::from_secs(6);
@@ -163,6 +164,7 @@ impl Relay {
                 read.next
             );
         }
+        metrics::stored(self.store.cursor().map(|cursor| cursor.number), escrows, self.store.waiting());
         // Ends with the run, whatever it is at.
         let _sampling = AbortOnDrop(tokio::spawn(sample::watch(
             self.config.clone(),

@@ -30,6 +30,7 @@ use tracing::{error, info, warn};
 use crate::backoff::Backoff;
 use crate::config;
 use crate::store::{Claimed, Entry, Store, StoreError, on_disk};
+use crate::telemetry::metrics;
 use lane::{Lane, LaneId, Recovered};
 
 /// Messages of a lane handed over at once, at most: what one Pub/Sub request takes.
@@ -366,7 +367,12 @@ impl<S: Sink> Publisher<S> {
         let run = lane.start_run(limit.min(RUN_MESSAGES), RUN_BYTES);
         self.outstanding += lane.outstanding() - before;
         let (sink, sent) = (Arc::clone(&self.sink), run.len());
-        self.in_flight.push(Box::pin(async move { (id, sent, sink.publish(run).await) }));
+        self.in_flight.push(Box::pin(async move {
+            let began = Instant::now();
+            let receipt = sink.publish(run).await;
+            metrics::publish_took(began.elapsed());
+            (id, sent, receipt)
+        }));
     }
 
     fn finished(&mut self, id: LaneId, sent: usize, receipt: Receipt) -> Result<(), PublishError> {
@@ -376,7 +382,10 @@ impl<S: Sink> Publisher<S> {
         self.acknowledged.extend(done);
         if receipt.acknowledged > 0 {
             match lane.succeeded() {
-                Some(Recovered::Unblocked) => info!(lane = %id, "Lane unblocked: its message was taken"),
+                Some(Recovered::Unblocked) => {
+                    info!(lane = %id, "Lane unblocked: its message was taken");
+                    self.measure();
+                }
                 // The end of an outage is said once for all.
                 Some(Recovered::Reached) if self.outage.is_none() => {
                     info!(lane = %id, "The lane is published again")
@@ -399,6 +408,7 @@ impl<S: Sink> Publisher<S> {
                 let (pause, newly) = lane.refused(&reason, alone);
                 if newly {
                     error!(lane = %id, %reason, "Lane blocked: its message is refused; the others go on");
+                    self.measure();
                 }
                 self.retries.insert((Instant::now() + pause, id));
                 return Ok(());
@@ -440,6 +450,7 @@ impl<S: Sink> Publisher<S> {
                 "{} is unavailable: messages wait in order until it answers", self.sink.name());
             let mut backoff = Backoff::growing();
             self.outage = Some(Outage { since: now, resume_at: now + backoff.pause(), backoff });
+            self.measure();
         } else if newly {
             warn!(sink = self.sink.name(), lane = %id, %reason, "A lane could not be published: trying again");
         }
@@ -449,6 +460,7 @@ impl<S: Sink> Publisher<S> {
         let Some(outage) = self.outage.take() else {
             return;
         };
+        self.measure();
         let seconds = outage.since.elapsed().as_secs_f64();
         info!(sink = self.sink.name(), seconds, "{} answers again after {seconds:.1} s", self.sink.name());
         let waiting: Vec<(Instant, LaneId)> = self.retries.iter().copied().collect();
@@ -464,6 +476,11 @@ impl<S: Sink> Publisher<S> {
         }
     }
 
+    fn measure(&self) {
+        let blocked = self.lanes.values().filter(|lane| lane.is_blocked()).count();
+        metrics::sink(blocked, self.outage.is_some());
+    }
+
     /// Acknowledgements that came in during one commit share the next.
     fn start_commit(&mut self) {
         if self.committing.is_some() || self.acknowledged.is_empty() {
@@ -471,13 +488,19 @@ impl<S: Sink> Publisher<S> {
         }
         let positions = std::mem::take(&mut self.acknowledged);
         let (count, store) = (positions.len(), Arc::clone(&self.store));
-        let commit = async move { on_disk(&store, |store| store.acknowledge(positions)).await };
+        let commit = async move {
+            let began = Instant::now();
+            let committed = on_disk(&store, |store| store.acknowledge(positions)).await;
+            metrics::commit_took("acknowledgements", began.elapsed());
+            committed
+        };
         self.committing = Some((count, Box::pin(commit)));
     }
 
     fn committed(&mut self, (count, result): (usize, Result<(), StoreError>)) -> Result<(), PublishError> {
         result?;
         self.outstanding -= count;
+        metrics::published(count);
         info!(events = count, "Published {count} events to {}", self.sink.name());
         Ok(())
     }

@@ -27,6 +27,7 @@ use tracing::{debug, error, warn};
 use crate::config::{self, SecretUrl};
 use crate::event::BlockRange;
 use crate::scan::{Answer, Call, Chain, Refused};
+use crate::telemetry::metrics;
 use gate::Gate;
 use transport::{Failure, Transport};
 use verdict::{Asked, Refusal, Verdict, classify, redact};
@@ -262,6 +263,7 @@ impl Rpc {
             .map(|index| index % count)
             .find(|index| !self.providers[*index].wrong.load(Ordering::Relaxed));
         self.current.store(next.unwrap_or(0), Ordering::Relaxed);
+        metrics::provider_in_use(next.unwrap_or(0));
         *self.switched.lock().expect("no code that panics runs under this lock") = Instant::now();
     }
 
@@ -310,7 +312,14 @@ impl Rpc {
                 return Attempt::Outcomes(refuse_all(&refusing, calls));
             }
         }
-        let outcomes = calls.iter().zip(answers).map(|(call, payload)| read(call, &payload?));
+        let outcomes = calls.iter().zip(answers).map(|(call, payload)| {
+            let outcome = payload.and_then(|payload| read(call, &payload));
+            metrics::rpc_call(
+                wire::method(call),
+                outcome.as_ref().map_or_else(|it| it.verdict.name(), |_| "answered"),
+            );
+            outcome
+        });
         Attempt::Outcomes(outcomes.collect())
     }
 
@@ -343,7 +352,9 @@ impl Rpc {
             [single] => RequestPacket::Single(wire::request(*single, first)),
             many => many.iter().zip(first..).map(|(query, id)| wire::request(*query, id)).collect(),
         };
+        let began = Instant::now();
         let reply = provider.transport.round_trip(packet).await;
+        metrics::rpc_request_took(began.elapsed());
         drop(permit);
         let reply = reply.map_err(|failure| refuse_request(&failure, queries))?;
         let (status, retry_after) = (reply.http_status, reply.retry_after);
@@ -404,6 +415,7 @@ fn is_beyond_planning(refused: &Refused, asked: &[Call]) -> bool {
 }
 
 fn refuse_all(refusing: &Refusing, calls: &[Call]) -> Vec<Outcome> {
+    calls.iter().for_each(|call| metrics::rpc_call(wire::method(call), refusing.verdict.name()));
     calls.iter().map(|_| Err(refusing.clone())).collect()
 }
 

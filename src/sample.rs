@@ -18,6 +18,7 @@ use crate::rpc::Rpc;
 use crate::rpc::verdict::Verdict;
 use crate::scan::{Answer, Call, LogFilter, Span};
 use crate::store::{Store, StoreError, on_disk};
+use crate::telemetry::metrics;
 
 /// Escrows whose logs are looked at beside the factory's.
 const ESCROWS: usize = 10;
@@ -167,7 +168,7 @@ fn ranges(store: &Store, blocks: u64, first: bool) -> Vec<BlockRange> {
 
 fn say(sample: &Sample, said: &mut HashSet<(bool, B256)>) {
     for unknown in &sample.unknown {
-        metrics::counter!("relayer_unknown_topic_logs_total").increment(unknown.logs);
+        metrics::unknown_topic(unknown.logs);
         if !said.insert((unknown.role == Role::Lifecycle, unknown.topic)) {
             continue;
         }
@@ -222,7 +223,8 @@ mod tests {
         .unwrap();
         let ignored = [event("EscrowCreated(uint256)").selector()];
         let (factory, escrow) = (Address::repeat_byte(1), Address::repeat_byte(2));
-        let table: [(&str, &[(Address, &str)], u64, &[(Role, u64)]); 6] = [
+        type Row<'a> = (&'a str, &'a [(Address, &'a str)], u64, &'a [(Role, u64)]);
+        let table: [Row<'_>; 6] = [
             ("nothing", &[], 0, &[]),
             ("known", &[(factory, "EscrowDeployed(address)"), (escrow, "Approved(address)")], 2, &[]),
             ("ignored", &[(escrow, "EscrowCreated(uint256)"), (factory, "EscrowCreated(uint256)")], 0, &[]),

@@ -26,6 +26,7 @@ pub use limits::Limits;
 use crate::config;
 use crate::event::{BlockRange, BlockRef, Header, Signatures};
 use crate::store::{Store, StoreError, on_disk};
+use crate::telemetry::metrics;
 
 /// Unfinal blocks linked and committed together, at most: bounds a batch and a commit.
 const LINKED_BLOCKS: u64 = 50;
@@ -262,6 +263,7 @@ impl<C: Chain> Scanner<C> {
             });
         };
         self.finality.head = head.block.number;
+        metrics::head(head.block.number);
         if tag != BlockTag::Latest {
             self.horizon_tag.answered();
         }

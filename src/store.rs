@@ -39,6 +39,7 @@ pub use registry::Registry;
 pub use schema::{Entry, Escrow, EscrowState, Identity, Kind, LateRead, Quarantined};
 
 use crate::event::{BlockRef, Event};
+use crate::telemetry::metrics;
 use fork::{Fate, doomed, forget_final, log_end, newest_final};
 use lanes::Lanes;
 use opening::{begin_life, builder, compare, migrate, open_error, read_life};
@@ -435,8 +436,14 @@ impl Store {
         self.waiting.fetch_add(end - current.next_position, Ordering::AcqRel);
         self.waiting.fetch_sub(gone, Ordering::AcqRel);
         *current = progress;
+        let cursor = current.cursor.map(|(number, _)| number);
         drop(current);
+        self.measure(cursor);
         self.appended.send_if_modified(|last| std::mem::replace(last, end) != end);
+    }
+
+    fn measure(&self, cursor: Option<u64>) {
+        metrics::stored(cursor, self.registry().len(), self.waiting());
     }
 
     /// The next entries to publish, at most `limit`, in log order. Each is handed out once per opening of the store.
@@ -483,6 +490,7 @@ impl Store {
         acknowledge(&transaction, &mut positions)?;
         transaction.commit()?;
         self.waiting.fetch_sub(positions.len() as u64, Ordering::AcqRel);
+        self.measure(None);
         Ok(())
     }
 

@@ -116,3 +116,13 @@ fn the_two_commands_of_the_readme_are_what_the_ci_runs() {
         assert!(listed.lines().any(|line| line == command), "{listed}");
     }
 }
+
+#[test]
+fn every_metric_stands_in_the_readme_with_its_meaning() {
+    for (name, _, help) in relayer::telemetry::metrics::ALL {
+        let row = README.lines().find(|line| line.starts_with(&format!("| `{name}` |")));
+        let row = row.unwrap_or_else(|| panic!("no row for {name}"));
+        let meaning = help.trim_end_matches('.')[1..].to_owned();
+        assert!(row.contains(&meaning), "{row}: {help}");
+    }
+}

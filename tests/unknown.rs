@@ -141,7 +141,8 @@ async fn check_notes_an_unknown_event_beside_known_ones_and_passes_when_all_are_
     );
     escrow.send("emitUnknown", &[]).await;
     let noted = world.setup.run(&["check"]).await.good();
-    let line = noted.stdout.iter().find(|line| line.contains("known ones and others")).expect("a line on them");
+    let line =
+        noted.stdout.iter().find(|line| line.contains("known ones and others")).expect("a line on them");
     assert!(line.starts_with("note") && line.contains(&topic(UNKNOWN_RELEASE)), "{line}");
 }
 

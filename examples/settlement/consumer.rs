@@ -86,12 +86,8 @@ async fn receive(stream: &mut MessageStream, state: &Arc<State>) -> Option<googl
 }
 
 async fn handle(message: google_cloud_pubsub::model::Message, handler: Handler, state: &Arc<State>) {
-    let (id, attributes) = (message.message_id, message.attributes);
-    let message = Message {
-        id: id.clone(),
-        attribute: Box::new(move |name| attributes.get(name).cloned()),
-        data: message.data.to_vec(),
-    };
+    let id = message.message_id;
+    let message = Message { id: id.clone(), attributes: message.attributes, data: message.data.to_vec() };
     let shared = Arc::clone(state);
     let applied = tokio::task::spawn_blocking(move || {
         shared.ledger.lock().expect("no panic while held").apply(&message)

@@ -1,5 +1,6 @@
 //! The database: one message, one transaction.
 
+use std::collections::HashMap;
 use std::path::Path;
 
 use anyhow::{Context, Result};
@@ -11,8 +12,7 @@ use serde_json::Value;
 pub struct Message {
     /// Pub/Sub's own id: for what cannot be understood otherwise.
     pub id: String,
-    /// The attribute of that name, where there is one.
-    pub attribute: Box<dyn Fn(&str) -> Option<String> + Send>,
+    pub attributes: HashMap<String, String>,
     pub data: Vec<u8>,
 }
 
@@ -142,9 +142,10 @@ struct Parsed {
 
 impl Parsed {
     fn of(message: &Message) -> Result<Self, String> {
-        let attribute =
-            |name: &str| (message.attribute)(name).ok_or_else(|| format!("it has no attribute {name}"));
-        let name = (message.attribute)("event_type").map_or_else(|| attribute("event_name"), Ok)?;
+        let attribute = |name: &str| {
+            message.attributes.get(name).cloned().ok_or_else(|| format!("it has no attribute {name}"))
+        };
+        let name = attribute("event_type").or_else(|_| attribute("event_name"))?;
         let sequence = attribute("sequence")?;
         let sequence = sequence.parse().map_err(|_| format!("its sequence is {sequence:?}"))?;
         let body: Value = serde_json::from_slice(&message.data)

@@ -194,6 +194,8 @@ fn every_key_can_be_set_by_its_variable() {
         ("rpc.timeout", "7s"),
         ("storage.path", "/data/store.redb"),
         ("ledger.max_waiting", "11"),
+        ("audit.sample_interval", "off"),
+        ("audit.ignored_events", "Paused(address by)"),
         ("sink.kind", "file"),
         ("sink.path", "events.jsonl"),
         ("sink.project", "p"),

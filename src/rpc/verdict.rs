@@ -77,6 +77,26 @@ pub enum Verdict {
     Unknown,
 }
 
+impl Verdict {
+    /// A word for it, the same whatever the details.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Wait { .. } => "wait",
+            Self::CapRange(_) => "cap_range",
+            Self::UseRange { .. } => "use_range",
+            Self::Halve => "halve",
+            Self::FewerAddresses => "fewer_addresses",
+            Self::SmallerBatch => "smaller_batch",
+            Self::Behind => "behind",
+            Self::Unsupported => "unsupported",
+            Self::HistoryGone => "history_gone",
+            Self::UnknownTag => "unknown_tag",
+            Self::Fault => "fault",
+            Self::Unknown => "unknown",
+        }
+    }
+}
+
 /// No hint makes the relayer wait longer than this: a provider's word must not stop it for a day.
 pub const LONGEST_WAIT: Duration = Duration::from_secs(60 * 60);
 

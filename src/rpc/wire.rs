@@ -21,6 +21,15 @@ pub(super) enum Query<'a> {
     Anchor(u64),
 }
 
+/// The call's JSON-RPC method.
+pub(super) fn method(call: &Call) -> &'static str {
+    match call {
+        Call::Header(_) => "eth_getBlockByNumber",
+        Call::Code(_) => "eth_getCode",
+        Call::Logs(_) => "eth_getLogs",
+    }
+}
+
 /// The query as a JSON-RPC request.
 pub(super) fn request(query: Query<'_>, id: u64) -> SerializedRequest {
     match query {
@@ -28,9 +37,9 @@ pub(super) fn request(query: Query<'_>, id: u64) -> SerializedRequest {
         Query::Anchor(number) => {
             serialize("eth_getBlockByNumber", id, (Tag(BlockTag::Number(number)), false))
         }
-        Query::Call(Call::Header(tag)) => serialize("eth_getBlockByNumber", id, (Tag(*tag), false)),
-        Query::Call(Call::Code(address)) => serialize("eth_getCode", id, (address, "latest")),
-        Query::Call(Call::Logs(filter)) => serialize("eth_getLogs", id, (FilterParam::new(filter),)),
+        Query::Call(call @ Call::Header(tag)) => serialize(method(call), id, (Tag(*tag), false)),
+        Query::Call(call @ Call::Code(address)) => serialize(method(call), id, (address, "latest")),
+        Query::Call(call @ Call::Logs(filter)) => serialize(method(call), id, (FilterParam::new(filter),)),
     }
 }
 

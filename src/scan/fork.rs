@@ -5,6 +5,7 @@ use tracing::{info, warn};
 use super::{Answer, BlockTag, Call, Chain, SECOND_LOOK, Scanner, Step, Trouble};
 use crate::event::{BlockRef, Header};
 use crate::store::on_disk;
+use crate::telemetry::metrics;
 
 /// Remembered blocks looked up in one round trip.
 const LOOK_BACK: usize = 64;
@@ -37,6 +38,7 @@ impl<C: Chain> Scanner<C> {
         self.suspected = None;
         let cursor = self.store.cursor();
         let withdrawal = on_disk(&self.store, move |store| store.retract(ancestor)).await?;
+        metrics::retracted(withdrawal.retracted);
         warn!(
             from = cursor.map(|block| block.number),
             to = ancestor.map(|block| block.number),

@@ -17,6 +17,7 @@ use super::{
 use crate::config::Reading;
 use crate::event::{BlockRange, BlockRef, Header, Log, Recognised, Role, Signatures};
 use crate::store::{Escrow, LateRead, LateStretch, on_disk};
+use crate::telemetry::metrics;
 
 /// What a late read looks for now.
 struct Pass {
@@ -120,7 +121,7 @@ impl<C: Chain> Scanner<C> {
         let committed = Arc::clone(&stretch);
         let done = on_disk(&self.store, move |store| store.accept_late(id, &committed)).await?;
         let (to, events) = (stretch.next.saturating_sub(1), stretch.events.len());
-        metrics::counter!("relayer_late_events_total").increment(events as u64);
+        metrics::late_events(events);
         if stretch.next > from {
             info!(from, to, events, "Read blocks {from} to {to} once more: {events} late events");
         }

@@ -12,6 +12,7 @@ use super::{Answer, BlockTag, Call, Chain, LINKED_BLOCKS, LogFilter, Refused, Sc
 use crate::config::Reading;
 use crate::event::{BlockRange, BlockRef, Header, Log, Recognised, Role};
 use crate::store::{Quarantined, Stretch, on_disk};
+use crate::telemetry::metrics;
 
 /// Logs of a stretch of blocks with the escrows found in them.
 #[derive(Default)]
@@ -311,7 +312,10 @@ impl<C: Chain> Scanner<C> {
         let found = stretch.announced.len();
         let stretch = Arc::new(stretch);
         let committed = Arc::clone(&stretch);
+        let committing = Instant::now();
         on_disk(&self.store, move |store| store.accept(&committed)).await?;
+        metrics::commit_took("blocks", committing.elapsed());
+        metrics::events(stretch.events.iter().map(|event| &*event.name));
         say_found(&stretch.announced, &stretch.quarantined);
         if found > 0 {
             info!(from, to, escrows = found, "Discovered {found} new escrows in blocks {from}-{to}");
@@ -387,6 +391,7 @@ impl Harvest {
 
 /// What was found and stored, a line each.
 pub(super) fn say_found(announced: &[(Address, BlockRef)], quarantined: &[Quarantined]) {
+    metrics::quarantined(quarantined.len());
     for (escrow, block) in announced {
         info!(escrow = %format_args!("{escrow:#x}"), block = block.number, "New escrow discovered: {escrow:#x}");
     }

@@ -505,7 +505,7 @@ fn a_fork_takes_late_events_of_lost_blocks_back_and_the_late_read_reads_again_fr
     }
     store.import(&[escrow(7)], 1).unwrap();
     let (id, _) = store.late_read().unwrap();
-    let events = vec![event(escrow(7), block(2, 0), 0, false), event(escrow(7), block(4, 0), 0, false)];
+    let events = [event(escrow(7), block(2, 0), 0, false), event(escrow(7), block(4, 0), 0, false)];
     assert!(!store.accept_late(id, &late_stretch(4, events[..1].to_vec())).unwrap());
     let (_, read) = store.late_read().unwrap();
     assert_eq!(read.next, 4);

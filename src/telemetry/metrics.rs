@@ -1,0 +1,158 @@
+//! The metrics: one table of names, and one small function for each fact, which whoever knows it calls.
+//!
+//! No label names an escrow: what labels there are take few values. Where no recorder is installed (tests, `check`)
+//! nothing is counted.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use metrics::{Unit, counter, gauge, histogram};
+use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
+
+/// What a metric measures.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Grows.
+    Counter,
+    /// Goes up and down.
+    Gauge,
+    /// How long something took, in seconds.
+    Histogram,
+}
+
+/// Name, kind and help of every metric.
+pub const ALL: [(&str, Kind, &str); 17] = [
+    ("relayer_head_block", Kind::Gauge, "The number of the newest block the node has shown."),
+    ("relayer_cursor_block", Kind::Gauge, "The number of the last block accepted."),
+    ("relayer_events_total", Kind::Counter, "Events accepted, by their name."),
+    ("relayer_late_events_total", Kind::Counter, "Events found in history that was read once more."),
+    ("relayer_retractions_total", Kind::Counter, "Messages withdrawn because their block left the chain."),
+    ("relayer_quarantined_logs_total", Kind::Counter, "Logs with a known topic that did not decode."),
+    ("relayer_unknown_topic_logs_total", Kind::Counter, "Logs in samples whose topic0 no signature knows."),
+    ("relayer_escrows", Kind::Gauge, "Escrows that are watched."),
+    ("relayer_waiting_events", Kind::Gauge, "Events stored and not acknowledged."),
+    ("relayer_published_events_total", Kind::Counter, "Events acknowledged by the sink."),
+    ("relayer_blocked_lanes", Kind::Gauge, "Lanes whose first message is refused."),
+    ("relayer_sink_outage", Kind::Gauge, "1 while the sink answers nobody."),
+    (
+        "relayer_publish_seconds",
+        Kind::Histogram,
+        "How long a run of messages took to be acknowledged or refused.",
+    ),
+    ("relayer_commit_seconds", Kind::Histogram, "How long a commit took, by what it stored."),
+    ("relayer_rpc_calls_total", Kind::Counter, "JSON-RPC calls, by method and by what came of them."),
+    ("relayer_rpc_request_seconds", Kind::Histogram, "How long a request to a node took."),
+    ("relayer_provider_in_use", Kind::Gauge, "The place in rpc.urls of the provider asked, from 0."),
+];
+
+/// Bounds of the histograms' buckets, in seconds: from a commit to a request that times out.
+const BUCKETS: [f64; 14] =
+    [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0];
+
+/// Counts from now on. `None` if something in this process counts already.
+pub fn install() -> Option<PrometheusHandle> {
+    let builder = PrometheusBuilder::new().set_buckets(&BUCKETS).expect("there are buckets");
+    let recorder = builder.build_recorder();
+    let handle = recorder.handle();
+    ::metrics::set_global_recorder(recorder).ok()?;
+    for (name, kind, help) in ALL {
+        match kind {
+            Kind::Counter => ::metrics::describe_counter!(name, help),
+            Kind::Gauge => ::metrics::describe_gauge!(name, help),
+            Kind::Histogram => ::metrics::describe_histogram!(name, Unit::Seconds, help),
+        }
+    }
+    // What has not happened yet is 0, not missing: an alert can tell the two apart.
+    for name in [
+        "relayer_late_events_total",
+        "relayer_retractions_total",
+        "relayer_quarantined_logs_total",
+        "relayer_unknown_topic_logs_total",
+        "relayer_published_events_total",
+    ] {
+        counter!(name).increment(0);
+    }
+    for name in ["relayer_blocked_lanes", "relayer_sink_outage", "relayer_provider_in_use"] {
+        gauge!(name).set(0.0);
+    }
+    Some(handle)
+}
+
+/// The newest block the node has shown.
+pub fn head(block: u64) {
+    gauge!("relayer_head_block").set(block as f64);
+}
+
+/// Where the store stands.
+pub fn stored(cursor: Option<u64>, escrows: usize, waiting: u64) {
+    if let Some(cursor) = cursor {
+        gauge!("relayer_cursor_block").set(cursor as f64);
+    }
+    gauge!("relayer_escrows").set(escrows as f64);
+    gauge!("relayer_waiting_events").set(waiting as f64);
+}
+
+/// Events were accepted, by their names: these come from the configuration, and are few.
+pub fn events<'a>(names: impl Iterator<Item = &'a str>) {
+    let mut counts: BTreeMap<&str, u64> = BTreeMap::new();
+    names.for_each(|name| *counts.entry(name).or_default() += 1);
+    for (name, count) in counts {
+        counter!("relayer_events_total", "event" => name.to_owned()).increment(count);
+    }
+}
+
+/// Events found in history that was read once more.
+pub fn late_events(events: usize) {
+    counter!("relayer_late_events_total").increment(events as u64);
+}
+
+/// Messages were withdrawn.
+pub fn retracted(messages: usize) {
+    counter!("relayer_retractions_total").increment(messages as u64);
+}
+
+/// Logs did not decode.
+pub fn quarantined(logs: usize) {
+    counter!("relayer_quarantined_logs_total").increment(logs as u64);
+}
+
+/// A sample showed logs that no signature knows.
+pub fn unknown_topic(logs: u64) {
+    counter!("relayer_unknown_topic_logs_total").increment(logs);
+}
+
+/// The sink acknowledged, and the store committed it.
+pub fn published(events: usize) {
+    counter!("relayer_published_events_total").increment(events as u64);
+}
+
+/// How many lanes are blocked, and whether the sink answers nobody.
+pub fn sink(blocked: usize, outage: bool) {
+    gauge!("relayer_blocked_lanes").set(blocked as f64);
+    gauge!("relayer_sink_outage").set(f64::from(u8::from(outage)));
+}
+
+/// A run of messages was acknowledged or refused.
+pub fn publish_took(time: Duration) {
+    histogram!("relayer_publish_seconds").record(time);
+}
+
+/// A commit took so long. `what`: blocks, acknowledgements.
+pub fn commit_took(what: &'static str, time: Duration) {
+    histogram!("relayer_commit_seconds", "what" => what).record(time);
+}
+
+/// A JSON-RPC call was answered, or what came instead.
+pub fn rpc_call(method: &'static str, outcome: &'static str) {
+    counter!("relayer_rpc_calls_total", "method" => method, "outcome" => outcome).increment(1);
+}
+
+/// A request to a node took so long.
+pub fn rpc_request_took(time: Duration) {
+    histogram!("relayer_rpc_request_seconds").record(time);
+}
+
+/// Which provider is asked.
+pub fn provider_in_use(index: usize) {
+    gauge!("relayer_provider_in_use").set(index as f64);
+}

@@ -311,6 +311,7 @@ async fn config_prints_each_value_with_its_source_and_hides_the_urls_path() {
 #[tokio::test]
 async fn check_finds_everything_in_order_and_leaves_no_trace() {
     let world = World::new().await;
+    world.factory.create_escrow().await; // a factory that never spoke is worth a note
     let pubsub = PubSub::start().await;
     pubsub.create_topic("projects/test-project/topics/settlement.events.v1");
     let setup =

@@ -126,10 +126,14 @@ pub(super) fn compare(path: &Path, stored: &Identity, asked: &Identity) -> Resul
     for lost in stored.signatures.iter().filter(|signature| !asked.signatures.contains(signature)) {
         differences.push(format!("  signatures: the store has `{lost}`, the configuration has not"));
     }
+    let is_new = |signature: &&String| !stored.signatures.contains(signature);
+    let added: Vec<String> = asked.signatures.iter().filter(is_new).cloned().collect();
     if differences.is_empty() {
-        let is_new = |signature: &&String| !stored.signatures.contains(signature);
-        return Ok(asked.signatures.iter().filter(is_new).cloned().collect());
+        return Ok(added);
     }
+    differences.extend(
+        added.iter().map(|added| format!("  signatures: the configuration has `{added}`, the store has not")),
+    );
     Err(StoreError::OtherIdentity {
         path: path.to_owned(),
         differences: differences.join("\n"),

@@ -156,6 +156,15 @@ impl Rpc {
         }
     }
 
+    /// Asks one provider once; refused if any of the calls is.
+    async fn ask_once(&self, provider: usize, calls: &[Call]) -> Result<Vec<Answer>, Refused> {
+        let outcomes = self.try_once(provider, calls).await?;
+        outcomes
+            .into_iter()
+            .map(|outcome| outcome.map_err(|refusing| Refused::Unknown(refusing.message)))
+            .collect()
+    }
+
     /// Asks until every call is answered or one is refused in a way that waiting does not mend.
     async fn ask_batch(&self, calls: &[Call]) -> Result<Vec<Answer>, Refused> {
         let mut answers: Vec<Option<Answer>> = vec![None; calls.len()];
@@ -401,6 +410,26 @@ impl Chain for Rpc {
     async fn ask(&self, calls: Vec<Call>) -> Result<Vec<Answer>, Refused> {
         let batches = calls.chunks(self.max_batch).map(|batch| self.ask_batch(batch));
         Ok(try_join_all(batches).await?.into_iter().flatten().collect())
+    }
+
+    async fn ask_another(&self, calls: Vec<Call>) -> Option<Result<Vec<Answer>, Refused>> {
+        let (count, current) = (self.providers.len(), self.provider_in_use());
+        let others = (current + 1..current + count).map(|index| index % count);
+        let mut refused = None;
+        for other in others.filter(|index| !self.providers[*index].wrong.load(Ordering::Relaxed)) {
+            let batches = calls.chunks(self.max_batch).map(|batch| self.ask_once(other, batch));
+            match try_join_all(batches).await {
+                Ok(answers) => return Some(Ok(answers.into_iter().flatten().collect())),
+                Err(why) => refused = Some(Err(why)),
+            }
+        }
+        refused
+    }
+
+    fn turn_away(&self) {
+        if self.providers.len() > 1 {
+            self.use_provider(self.provider_in_use() + 1);
+        }
     }
 }
 

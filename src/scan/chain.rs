@@ -17,6 +17,16 @@ pub trait Chain: Send + Sync + 'static {
     ///
     /// The calls of one batch may be answered by different nodes: nothing follows from their agreeing by chance.
     fn ask(&self, calls: Vec<Call>) -> impl Future<Output = Result<Vec<Answer>, Refused>> + Send;
+
+    /// Asks the same of a provider other than the one in use: one attempt, for a second opinion. `None`: no other is
+    /// configured; an error: none of them answered.
+    fn ask_another(
+        &self,
+        calls: Vec<Call>,
+    ) -> impl Future<Output = Option<Result<Vec<Answer>, Refused>>> + Send;
+
+    /// The provider in use contradicts itself or the others: asks another from now on, where there is one.
+    fn turn_away(&self);
 }
 
 /// One question.

@@ -41,7 +41,12 @@ struct Fake {
     /// Each round trip with its calls.
     asked: Mutex<Vec<Vec<Call>>>,
     salt: Mutex<u64>,
+    /// Another provider of the same chain: what it says of any call.
+    other: Mutex<Option<Other>>,
+    turned_away: Mutex<usize>,
 }
+
+type Other = Box<dyn Fn(&Fake, &Call) -> Result<Answer, Refused> + Send>;
 
 impl Fake {
     fn new(finality: Option<u64>) -> Arc<Self> {
@@ -154,6 +159,15 @@ impl Chain for Fake {
             return Err(refused);
         }
         calls.iter().map(|call| self.answer(call)).collect()
+    }
+
+    async fn ask_another(&self, calls: Vec<Call>) -> Option<Result<Vec<Answer>, Refused>> {
+        let other = self.other.lock().unwrap();
+        other.as_ref().map(|other| calls.iter().map(|call| other(self, call)).collect())
+    }
+
+    fn turn_away(&self) {
+        *self.turned_away.lock().unwrap() += 1;
     }
 }
 

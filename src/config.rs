@@ -65,6 +65,8 @@ pub struct Chain {
     pub confirmations: u64,
     /// Blocks after which a block is final, where the node knows no `finalized`.
     pub finality_depth: u64,
+    /// Messages that forks may withdraw within a minute; a fork that would withdraw more is not followed.
+    pub max_retractions_per_minute: u64,
     /// How unfinal blocks are read.
     pub reading: Reading,
     /// The time between two looks at the head; more than 0.
@@ -316,6 +318,7 @@ fn chain(reader: &mut Reader) -> Option<Chain> {
     let horizon = reader.required(&keys::CHAIN_HORIZON);
     let confirmations = reader.required(&keys::CHAIN_CONFIRMATIONS);
     let finality_depth = reader.required(&keys::CHAIN_FINALITY_DEPTH);
+    let max_retractions_per_minute = reader.required(&keys::CHAIN_MAX_RETRACTIONS);
     let reading = reader.required(&keys::CHAIN_READING);
     let poll_interval = reader.required(&keys::CHAIN_POLL_INTERVAL);
     Some(Chain {
@@ -324,6 +327,7 @@ fn chain(reader: &mut Reader) -> Option<Chain> {
         horizon: horizon?,
         confirmations: confirmations?,
         finality_depth: finality_depth?,
+        max_retractions_per_minute: max_retractions_per_minute?,
         reading: reading?,
         poll_interval: poll_interval?,
     })

@@ -27,11 +27,14 @@ use crate::config;
 use crate::event::{BlockRange, BlockRef, Header, Signatures};
 use crate::store::{Store, StoreError, on_disk};
 use crate::telemetry::metrics;
+use fork::{Suspicion, Withdrawn};
 
 /// Unfinal blocks linked and committed together, at most: bounds a batch and a commit.
 const LINKED_BLOCKS: u64 = 50;
 /// How long to leave a node that is behind, or two nodes that disagree, before asking again.
 const SECOND_LOOK: Duration = Duration::from_millis(250);
+/// Looks at a node that is behind or inconsistent before turning to another; pauses grow by as many.
+const LOOKS: u32 = 8;
 /// How long to leave a provider that cannot serve us at all.
 const GIVE_REST: Duration = Duration::from_secs(15);
 /// The finalized head is asked for again once this many blocks were seen. What is final is read by range and never
@@ -97,10 +100,16 @@ pub struct Scanner<C> {
     finalized: Option<u64>,
     /// A cursor that was final when it was accepted: no fork can have taken it.
     proven: Option<BlockRef>,
-    /// A fork seen once; acted on when seen again.
-    suspected: Option<Option<BlockRef>>,
+    /// A fork seen and not acted on yet.
+    suspected: Option<Suspicion>,
+    /// What forks withdrew lately.
+    withdrawn: Withdrawn,
     /// Whether the factory has been seen to exist.
     factory_seen: bool,
+    /// Unfinal blocks to read together.
+    linked: u64,
+    /// Looks in a row that found a node behind or inconsistent.
+    looks: u32,
     said: Said,
 }
 
@@ -145,6 +154,7 @@ struct Said {
     no_factory: bool,
     not_there_yet: bool,
     behind: bool,
+    cap: bool,
 }
 
 impl<C: Chain> Scanner<C> {
@@ -174,7 +184,10 @@ impl<C: Chain> Scanner<C> {
             finalized,
             proven: None,
             suspected: None,
+            withdrawn: Withdrawn::default(),
             factory_seen,
+            linked: LINKED_BLOCKS,
+            looks: 0,
             said: Said::default(),
         }
     }
@@ -194,12 +207,31 @@ impl<C: Chain> Scanner<C> {
             Trouble::Refused { refused, blocks } => self.replan(refused, blocks),
             Trouble::Disagreement(what) => {
                 self.recent.clear();
-                self.target = None;
                 if !std::mem::replace(&mut self.said.behind, true) {
                     warn!(reason = %what, "An answer was thrown away: the node answering is behind or inconsistent");
                 }
-                Ok(Step::Wait(SECOND_LOOK))
+                Ok(self.look_again())
             }
+        }
+    }
+
+    /// A node is behind, or contradicts itself: fewer blocks at once, and after some looks another provider.
+    fn look_again(&mut self) -> Step {
+        self.target = None;
+        self.linked = (self.linked / 2).max(1);
+        self.looks += 1;
+        if self.looks.is_multiple_of(LOOKS) {
+            self.chain.turn_away();
+        }
+        Step::Wait(SECOND_LOOK * (1 + self.looks / LOOKS).min(16))
+    }
+
+    /// Blocks were accepted: the answers belong together.
+    fn looked_well(&mut self) {
+        self.looks = 0;
+        self.linked = (self.linked * 2).min(LINKED_BLOCKS);
+        if std::mem::take(&mut self.said.behind) {
+            info!("Answers are consistent again");
         }
     }
 
@@ -220,8 +252,8 @@ impl<C: Chain> Scanner<C> {
             return Ok(Step::Idle);
         };
         let step = self.read(pending).await?;
-        if step == Step::Progress && std::mem::take(&mut self.said.behind) {
-            info!("Answers are consistent again");
+        if step == Step::Progress {
+            self.looked_well();
         }
         Ok(step)
     }
@@ -465,7 +497,7 @@ impl<C: Chain> Scanner<C> {
             Refused::FewerAddresses(_) | Refused::Halve(_) | Refused::Unknown(_) | Refused::Slow(_) => {
                 Ok(Step::Wait(GIVE_REST))
             }
-            Refused::Behind(_) => Ok(Step::Wait(SECOND_LOOK)),
+            Refused::Behind(_) => Ok(self.look_again()),
             Refused::UnknownTag(why) => Ok(self.tag_is_missing(&why)),
             Refused::HistoryGone(_) | Refused::Unsupported(_) => {
                 if !std::mem::replace(&mut self.said.behind, true) {

@@ -159,6 +159,13 @@ pub struct Withdrawal {
     pub escrows: usize,
 }
 
+/// A retraction was not made: it would have withdrawn so many messages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TooMany {
+    /// How many.
+    pub messages: u64,
+}
+
 /// An entry handed to the publisher.
 #[derive(Clone, Debug)]
 pub struct Claimed {
@@ -368,8 +375,13 @@ impl Store {
     }
 
     /// Moves the cursor back to `ancestor`, the newest accepted block still on the chain (`None`: none is), and
-    /// withdraws what came after it: newest first, on the same lanes.
-    pub fn retract(&self, ancestor: Option<BlockRef>) -> Result<Withdrawal, StoreError> {
+    /// withdraws what came after it: newest first, on the same lanes. Changes nothing if that were more than `at_most`
+    /// messages.
+    pub fn retract(
+        &self,
+        ancestor: Option<BlockRef>,
+        at_most: u64,
+    ) -> Result<Result<Withdrawal, TooMany>, StoreError> {
         // Held throughout: a publisher must not claim what is being dropped.
         let claims = lock(&self.claims);
         let mut progress = lock(&self.progress).clone();
@@ -388,6 +400,10 @@ impl Store {
             let mut lanes = Lanes::open(&transaction, self.epoch)?;
             let mut log = transaction.open_table(EVENT_LOG)?;
             let doomed = doomed(&log, log_end, above, claims.seen_below.max(claims.next))?;
+            let messages = doomed.iter().filter(|(_, _, fate)| *fate == Fate::Retract).count() as u64;
+            if messages > at_most {
+                return Ok(Err(TooMany { messages }));
+            }
             let mut dropped = Vec::new();
             for (position, entry, fate) in doomed {
                 if entry.announces && lanes.withdraw(entry.escrow, entry.block_hash)? {
@@ -421,7 +437,7 @@ impl Store {
         transaction.commit()?;
         *lock(&self.late_reads) = late::load(&self.db)?;
         self.moved(progress, changed, withdrawal.dropped as u64);
-        Ok(withdrawal)
+        Ok(Ok(withdrawal))
     }
 
     /// Follows a commit in memory. `gone`: entries that no longer wait.

@@ -113,6 +113,7 @@ async fn the_metrics_are_well_formed_agree_with_what_happened_and_name_no_escrow
         ("relayer_events_total{event=\"Approved\"}", 3.0),
         ("relayer_late_events_total", 0.0),
         ("relayer_retractions_total", 0.0),
+        ("relayer_retractions_stopped", 0.0),
         ("relayer_quarantined_logs_total", 1.0),
         ("relayer_escrows", 3.0),
         ("relayer_waiting_events", 0.0),

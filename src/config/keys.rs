@@ -161,6 +161,12 @@ keys! {
         shape: Number, default: Some("64"), plain: None,
         parse: whole,
     }
+    CHAIN_MAX_RETRACTIONS: u64 {
+        path: "chain.max_retractions_per_minute",
+        about: "messages that forks may withdraw within a minute, such as 5000",
+        shape: Number, default: Some("5000"), plain: None,
+        parse: whole,
+    }
     CHAIN_READING: Reading {
         path: "chain.reading",
         about: "how unfinal blocks are read: \"linked\" or \"ranged\"",

@@ -92,6 +92,7 @@ fn without_a_file_the_plans_variables_suffice() {
             horizon: Horizon::Latest,
             confirmations: 2,
             finality_depth: 64,
+            max_retractions_per_minute: 5000,
             reading: Reading::Linked,
             poll_interval: Duration::from_secs(4),
         }
@@ -177,6 +178,7 @@ fn every_key_can_be_set_by_its_variable() {
         ("chain.horizon", "safe"),
         ("chain.confirmations", "0"),
         ("chain.finality_depth", "1"),
+        ("chain.max_retractions_per_minute", "2"),
         ("chain.reading", "ranged"),
         ("chain.poll_interval", "200ms"),
         ("factory.address", "0x311e63dfcefe7f2c202715ef0df01cda82f58914"),

@@ -189,12 +189,13 @@ impl<C: Chain> Scanner<C> {
     /// Unfinal blocks: linked by parent hash, logs by block hash.
     async fn read_linked(&mut self, next: u64, target: u64) -> Result<Step, Trouble> {
         let started = Instant::now();
-        let count = LINKED_BLOCKS.min(self.limits.range());
+        let count = self.linked.min(self.limits.range());
         let Some(range) = BlockRange::starting_at(next, count, target) else {
             return Ok(Step::Idle);
         };
         let headers = self.headers(range).await?;
         let (first, last) = (headers[0], headers[headers.len() - 1]);
+        let range = BlockRange::new(next, last.block.number).expect("headers begin with the next block's");
         if self.store.cursor().is_some_and(|cursor| cursor.hash != first.parent_hash) {
             return self.look_back().await;
         }
@@ -223,7 +224,8 @@ impl<C: Chain> Scanner<C> {
         Ok(Step::Progress)
     }
 
-    /// The headers of the range, each the parent of the next; those seen at the head are not asked for again.
+    /// The headers of the range, each the parent of the next; those seen at the head are not asked for again. Fewer, but
+    /// one at least, if the node answering does not have the last ones.
     async fn headers(&mut self, range: BlockRange) -> Result<Vec<Header>, Trouble> {
         // Up to the head already seen, so that from then on each new head links to it and costs no other header.
         let newest = self.recent.keys().next_back().copied().unwrap_or(0);
@@ -233,14 +235,16 @@ impl<C: Chain> Scanner<C> {
         if !missing.is_empty() {
             let calls = missing.iter().map(|number| Call::Header(BlockTag::Number(*number))).collect();
             for (answer, number) in self.ask(calls).await?.into_iter().zip(missing) {
-                match answer.header() {
-                    Some(header) if header.block.number == number => self.recent.insert(number, header),
-                    _ => return Err(Trouble::Disagreement(format!("no header of block {number}"))),
-                };
+                if let Some(header) = answer.header().filter(|header| header.block.number == number) {
+                    self.recent.insert(number, header);
+                }
             }
         }
         let headers: Vec<Header> =
-            self.recent.range(range.from()..=range.to()).map(|(_, header)| *header).collect();
+            (range.from()..=range.to()).map_while(|number| self.recent.get(&number).copied()).collect();
+        if headers.is_empty() {
+            return Err(Trouble::Disagreement(format!("no header of block {}", range.from())));
+        }
         match headers.windows(2).find(|pair| pair[1].parent_hash != pair[0].block.hash) {
             Some(pair) => Err(Trouble::Disagreement(format!("block {} does not link", pair[1].block.number))),
             None => Ok(headers),

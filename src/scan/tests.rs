@@ -1,3 +1,4 @@
+mod fork;
 mod late;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -44,6 +45,8 @@ struct Fake {
     /// Another provider of the same chain: what it says of any call.
     other: Mutex<Option<Other>>,
     turned_away: Mutex<usize>,
+    /// A block the node says it has not.
+    hidden: Mutex<Option<u64>>,
 }
 
 type Other = Box<dyn Fn(&Fake, &Call) -> Result<Answer, Refused> + Send>;
@@ -119,7 +122,10 @@ impl Fake {
     fn answer(&self, call: &Call) -> Result<Answer, Refused> {
         let blocks = self.blocks.lock().unwrap();
         let visible = &blocks[..blocks.len().saturating_sub(*self.lag.lock().unwrap()).max(1)];
-        let at = |number: u64| visible.get(number as usize).map(|block| block.header);
+        let hidden = *self.hidden.lock().unwrap();
+        let at = |number: u64| {
+            visible.get(number as usize).map(|block| block.header).filter(|_| hidden != Some(number))
+        };
         let head = visible.len() as u64 - 1;
         Ok(match call {
             Call::Code(_) => Answer::Code(!*self.no_code.lock().unwrap()),

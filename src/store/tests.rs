@@ -203,7 +203,7 @@ fn a_fork_withdraws_newest_first_on_the_same_lane_and_frees_what_nobody_saw() {
     store.accept(&stretch(block(2, 0), &[2], &[1, 1, 2])).unwrap();
     // Announcement of 1, announcement of 2 and the first approval of 1 may be on their way.
     assert_eq!(store.claim(3).unwrap().len(), 3);
-    let withdrawal = store.retract(Some(block(1, 0))).unwrap();
+    let withdrawal = store.retract(Some(block(1, 0)), u64::MAX).unwrap().unwrap();
     assert_eq!(withdrawal, Withdrawal { retracted: 2, dropped: 2, escrows: 1 });
     assert_eq!(store.cursor(), Some(block(1, 0)));
     assert!(store.registry().contains(&escrow(1)) && !store.registry().contains(&escrow(2)));
@@ -222,7 +222,7 @@ fn a_fork_seen_by_nobody_leaves_no_trace() {
     let store = memory();
     store.accept(&stretch(block(1, 0), &[1], &[])).unwrap();
     store.accept(&stretch(block(2, 0), &[2], &[1, 2])).unwrap();
-    let withdrawal = store.retract(Some(block(1, 0))).unwrap();
+    let withdrawal = store.retract(Some(block(1, 0)), u64::MAX).unwrap().unwrap();
     assert_eq!(withdrawal, Withdrawal { retracted: 0, dropped: 3, escrows: 1 });
     store.accept(&stretch(block(2, 9), &[2], &[1])).unwrap();
     let sequences: Vec<_> =
@@ -237,7 +237,7 @@ fn entries_dropped_at_the_end_of_the_log_leave_nothing_to_claim() {
     store.accept(&stretch(block(1, 0), &[1], &[])).unwrap();
     store.accept(&stretch(block(2, 0), &[], &[1, 1])).unwrap();
     assert_eq!(store.claim(1).unwrap().len(), 1);
-    store.retract(Some(block(1, 0))).unwrap();
+    store.retract(Some(block(1, 0)), u64::MAX).unwrap().unwrap();
     assert!(!store.all_claimed());
     assert_eq!(store.claim(1000).unwrap().len(), 0);
     assert!(store.all_claimed());
@@ -254,7 +254,7 @@ fn what_was_in_the_log_when_the_file_was_opened_may_have_been_sent_and_is_withdr
     store.accept(&stretch(block(2, 0), &[], &[1])).unwrap();
     drop(store);
     let store = Store::open(&path, identity(), None, Added::Read).unwrap();
-    assert_eq!(store.retract(Some(block(1, 0))).unwrap().retracted, 1);
+    assert_eq!(store.retract(Some(block(1, 0)), u64::MAX).unwrap().unwrap().retracted, 1);
 }
 
 #[test]
@@ -264,7 +264,7 @@ fn there_and_back_again_every_fork_is_published_and_withdrawn_in_turn() {
     for fork in [7, 8, 7] {
         store.accept(&stretch(block(2, fork), &[], &[1])).unwrap();
         store.claim(usize::MAX).unwrap();
-        assert_eq!(store.retract(Some(block(1, 0))).unwrap().retracted, 1);
+        assert_eq!(store.retract(Some(block(1, 0)), u64::MAX).unwrap().unwrap().retracted, 1);
     }
     store.accept(&stretch(block(2, 8), &[], &[1])).unwrap();
     assert_eq!(store.log_len().unwrap(), 1 + 3 * 2 + 1);
@@ -278,10 +278,10 @@ fn a_fork_below_finality_changes_nothing_and_says_so() {
         store.accept(&Stretch { finalized, ..stretch(block(number, 0), &[], &[]) }).unwrap();
     }
     assert_eq!(store.remembered().unwrap(), vec![block(3, 0), block(2, 0)]);
-    let error = store.retract(None).unwrap_err();
+    let error = store.retract(None, u64::MAX).unwrap_err();
     assert!(matches!(error, StoreError::ForkBelowFinality { block: 2 }), "{error}");
     assert_eq!(store.cursor(), Some(block(3, 0)));
-    store.retract(Some(block(2, 0))).unwrap();
+    store.retract(Some(block(2, 0)), u64::MAX).unwrap().unwrap();
     assert_eq!(store.next_block(), 3);
 }
 
@@ -356,7 +356,7 @@ proptest! {
                     let keep = chain.len().saturating_sub(depth as usize);
                     chain.truncate(keep);
                     let ancestor = chain.last().map_or(first, |(block, _)| *block);
-                    store.retract(Some(ancestor)).unwrap();
+                    store.retract(Some(ancestor), u64::MAX).unwrap().unwrap();
                 }
                 1 => seen.extend(store.claim(depth as usize + 1).unwrap().into_iter().map(|it| (it.position, it.entry))),
                 2 => {
@@ -515,7 +515,7 @@ fn a_fork_takes_late_events_of_lost_blocks_back_and_the_late_read_reads_again_fr
         "block 5 is still missing"
     );
     assert_eq!(store.claim(9).unwrap().len(), 2);
-    let withdrawal = store.retract(Some(block(3, 0))).unwrap();
+    let withdrawal = store.retract(Some(block(3, 0)), u64::MAX).unwrap().unwrap();
     assert_eq!((withdrawal.retracted, withdrawal.dropped), (1, 0), "block 4 is lost, block 2 stands");
     assert_eq!(store.late_read().unwrap().1.next, 4);
     assert!(

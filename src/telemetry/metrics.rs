@@ -21,12 +21,13 @@ pub enum Kind {
 }
 
 /// Name, kind and help of every metric.
-pub const ALL: [(&str, Kind, &str); 17] = [
+pub const ALL: &[(&str, Kind, &str)] = &[
     ("relayer_head_block", Kind::Gauge, "The number of the newest block the node has shown."),
     ("relayer_cursor_block", Kind::Gauge, "The number of the last block accepted."),
     ("relayer_events_total", Kind::Counter, "Events accepted, by their name."),
     ("relayer_late_events_total", Kind::Counter, "Events found in history that was read once more."),
     ("relayer_retractions_total", Kind::Counter, "Messages withdrawn because their block left the chain."),
+    ("relayer_retractions_stopped", Kind::Gauge, "1 while a fork would withdraw more than may be withdrawn."),
     ("relayer_quarantined_logs_total", Kind::Counter, "Logs with a known topic that did not decode."),
     ("relayer_unknown_topic_logs_total", Kind::Counter, "Logs in samples whose topic0 no signature knows."),
     ("relayer_escrows", Kind::Gauge, "Escrows that are watched."),
@@ -55,7 +56,7 @@ pub fn install() -> Option<PrometheusHandle> {
     let recorder = builder.build_recorder();
     let handle = recorder.handle();
     ::metrics::set_global_recorder(recorder).ok()?;
-    for (name, kind, help) in ALL {
+    for &(name, kind, help) in ALL {
         match kind {
             Kind::Counter => ::metrics::describe_counter!(name, help),
             Kind::Gauge => ::metrics::describe_gauge!(name, help),
@@ -72,7 +73,12 @@ pub fn install() -> Option<PrometheusHandle> {
     ] {
         counter!(name).increment(0);
     }
-    for name in ["relayer_blocked_lanes", "relayer_sink_outage", "relayer_provider_in_use"] {
+    for name in [
+        "relayer_blocked_lanes",
+        "relayer_sink_outage",
+        "relayer_provider_in_use",
+        "relayer_retractions_stopped",
+    ] {
         gauge!(name).set(0.0);
     }
     Some(handle)
@@ -104,6 +110,11 @@ pub fn events<'a>(names: impl Iterator<Item = &'a str>) {
 /// Events found in history that was read once more.
 pub fn late_events(events: usize) {
     counter!("relayer_late_events_total").increment(events as u64);
+}
+
+/// Whether a fork waits because it would withdraw more than may be withdrawn in a minute.
+pub fn retractions_stopped(stopped: bool) {
+    gauge!("relayer_retractions_stopped").set(if stopped { 1.0 } else { 0.0 });
 }
 
 /// Messages were withdrawn.

@@ -2,10 +2,11 @@
 //!
 //! - [`Setup`]: folder and variables; [`Running`]: a process; [`Finished`]: what it left behind.
 //! - `truth`: what must come out, made from the node's raw logs, without a line of the code under test.
-//! - `proxy`: between relayer and node, to count and to look.
+//! - `proxy`: between relayer and node, to count and to look; `faults`: the same, to fail and to lie.
 //!
 //! Nothing here sleeps and hopes: whoever waits is told of changes, and panics when a deadline passes.
 
+pub mod faults;
 pub mod proxy;
 pub mod truth;
 

@@ -180,7 +180,7 @@ async fn serve(
     }
 }
 
-async fn read_request(stream: &mut BufReader<TcpStream>) -> Option<(String, Vec<u8>)> {
+pub(super) async fn read_request(stream: &mut BufReader<TcpStream>) -> Option<(String, Vec<u8>)> {
     let mut lines = vec![];
     loop {
         let mut line = String::new();

@@ -465,14 +465,17 @@ impl Store {
     /// The next entries to publish, at most `limit`, in log order. Each is handed out once per opening of the store.
     pub fn claim(&self, limit: usize) -> Result<Vec<Claimed>, StoreError> {
         let mut claims = lock(&self.claims);
-        // Taken before the tables are read: what is appended in between lies beyond it.
+        // Taken before the tables are read: what is appended in between lies beyond it, and is not counted as waiting yet.
         let end = lock(&self.progress).next_position;
         let read = self.db.begin_read()?;
         let log = read.open_table(EVENT_LOG)?;
         let acknowledged = read.open_table(ACKNOWLEDGED)?;
+        // The watermark may have passed runs acknowledged in an earlier life: their rows no longer say so.
+        let watermark = read.open_table(MARKS)?.get(WATERMARK)?.map_or(0, |mark| mark.value());
+        claims.next = claims.next.max(watermark);
         let mut claimed = Vec::new();
         let mut rows = 0;
-        for row in log.range(claims.next..)?.take(limit) {
+        for row in log.range(claims.next..end.max(claims.next))?.take(limit) {
             rows += 1;
             let (position, value) = row?;
             let position = position.value();

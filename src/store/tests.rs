@@ -563,3 +563,27 @@ fn a_file_of_the_first_layout_is_brought_to_this_one() {
     let error = Store::open(&path, identity(), None, Added::Leave).unwrap_err().to_string();
     assert!(error.contains("99"), "{error}");
 }
+
+#[test]
+fn what_was_acknowledged_above_the_watermark_is_not_handed_out_again_in_another_life() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("relayer.redb");
+    let store = Store::open(&path, identity(), Some(1), Added::Read).unwrap();
+    let announced = vec![(escrow(1), block(1, 0))];
+    let events = (0..5).map(|index| event(escrow(1), block(1, 0), index, index == 0)).collect();
+    store.accept(&Stretch { announced, events, blocks: vec![block(1, 0)], ..Stretch::default() }).unwrap();
+    assert_eq!(store.claim(10).unwrap().len(), 5);
+    store.acknowledge(vec![1, 2, 4]).unwrap();
+    drop(store);
+
+    let store = Store::open(&path, identity(), None, Added::Read).unwrap();
+    let claim = || store.claim(1).unwrap().into_iter().map(|it| it.position).collect::<Vec<_>>();
+    assert_eq!(claim(), [0]);
+    // Now the watermark passes the run that said so of 1 and 2.
+    store.acknowledge(vec![0]).unwrap();
+    assert_eq!((store.watermark().unwrap(), store.waiting()), (3, 1));
+    assert_eq!((claim(), claim()), (vec![3], vec![]));
+    store.acknowledge(vec![3]).unwrap();
+    assert_eq!((store.watermark().unwrap(), store.waiting()), (5, 0));
+    assert!(claim().is_empty());
+}

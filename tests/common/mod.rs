@@ -19,6 +19,7 @@
 pub mod anvil;
 pub mod chain;
 pub mod example;
+pub mod fakechain;
 pub mod pubsub;
 pub mod relay;
 pub mod settlement;

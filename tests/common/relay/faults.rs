@@ -11,6 +11,7 @@ use tokio::io::{AsyncWriteExt, BufReader};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::{AbortHandle, JoinSet};
 
+use super::super::fakechain::FakeChain;
 use super::proxy::read_request;
 
 /// What to do with a request.
@@ -34,6 +35,14 @@ pub enum Fault {
     OneError(i64, &'static str),
     /// A node so many blocks behind answers, which does not say so.
     Behind(u64),
+    /// Such a node answers every second call, another the rest.
+    SomeBehind(u64),
+}
+
+/// Who answers behind the server.
+enum Node {
+    Url(String, reqwest::Client),
+    Fake(Arc<FakeChain>),
 }
 
 type Decide = dyn Fn(usize, &[Value]) -> Fault + Send + Sync;
@@ -46,8 +55,7 @@ pub struct Faults {
 }
 
 struct Shared {
-    node: String,
-    http: reqwest::Client,
+    node: Node,
     decide: Mutex<Arc<Decide>>,
     requests: AtomicUsize,
 }
@@ -55,11 +63,19 @@ struct Shared {
 impl Faults {
     /// Passes everything on until told otherwise.
     pub async fn start(node: &str) -> Faults {
+        Self::before(Node::Url(node.to_owned(), reqwest::Client::new())).await
+    }
+
+    /// The same before a chain in memory.
+    pub async fn fake(chain: Arc<FakeChain>) -> Faults {
+        Self::before(Node::Fake(chain)).await
+    }
+
+    async fn before(node: Node) -> Faults {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("there is a free port");
         let port = listener.local_addr().expect("it has an address").port();
         let shared = Arc::new(Shared {
-            node: node.to_owned(),
-            http: reqwest::Client::new(),
+            node,
             decide: Mutex::new(Arc::new(|_, _: &[Value]| Fault::Pass)),
             requests: AtomicUsize::new(0),
         });
@@ -116,7 +132,8 @@ async fn serve(stream: TcpStream, shared: Arc<Shared>) -> Option<()> {
         let (mut status, mut header, mut cut) = (200, "", false);
         let answer = match decide(number, &calls) {
             Fault::Pass => shared.ask(&asked).await?.to_string(),
-            Fault::Behind(blocks) => shared.ask_one_behind(&asked, calls, blocks).await?.to_string(),
+            Fault::Behind(blocks) => shared.ask_one_behind(&asked, calls, blocks, 1).await?.to_string(),
+            Fault::SomeBehind(blocks) => shared.ask_one_behind(&asked, calls, blocks, 2).await?.to_string(),
             Fault::Truncated => {
                 cut = true;
                 shared.ask(&asked).await?.to_string()
@@ -156,7 +173,11 @@ async fn serve(stream: TcpStream, shared: Arc<Shared>) -> Option<()> {
 
 impl Shared {
     async fn ask(&self, asked: &Value) -> Option<Value> {
-        let request = self.http.post(&self.node).header("content-type", "application/json");
+        let (url, http) = match &self.node {
+            Node::Url(url, http) => (url, http),
+            Node::Fake(chain) => return Some(chain.answer(asked)),
+        };
+        let request = http.post(url).header("content-type", "application/json");
         let answer = request.body(asked.to_string()).send().await.ok()?.bytes().await.ok()?;
         serde_json::from_slice(&answer).ok()
     }
@@ -166,12 +187,20 @@ impl Shared {
         Some(self.ask(&asked).await?["result"].take())
     }
 
-    async fn ask_one_behind(&self, asked: &Value, calls: Vec<Value>, blocks: u64) -> Option<Value> {
+    /// Each `nth` call is answered by the node that is behind.
+    async fn ask_one_behind(
+        &self,
+        asked: &Value,
+        calls: Vec<Value>,
+        blocks: u64,
+        nth: usize,
+    ) -> Option<Value> {
         let head = number(&self.result("eth_blockNumber", json!([])).await?)?.saturating_sub(blocks);
         let mut answers = vec![];
-        for mut call in calls {
+        for (place, mut call) in calls.into_iter().enumerate() {
             let id = call["id"].clone();
-            let instead = match self.as_of(&mut call, head).await? {
+            let as_of = if place % nth == 0 { self.as_of(&mut call, head).await? } else { None };
+            let instead = match as_of {
                 Some(instead) => instead,
                 None => {
                     let mut answer = self.ask(&call).await?;

@@ -23,6 +23,7 @@ use tracing::{debug, info, warn};
 pub use chain::{Answer, BlockTag, Call, Chain, LogFilter, Refused, Span};
 pub use limits::Limits;
 
+use crate::backoff::Backoff;
 use crate::config;
 use crate::event::{BlockRange, BlockRef, Header, Signatures};
 use crate::store::{Store, StoreError, on_disk};
@@ -35,8 +36,8 @@ const LINKED_BLOCKS: u64 = 50;
 const SECOND_LOOK: Duration = Duration::from_millis(250);
 /// Looks at a node that is behind or inconsistent before turning to another; pauses grow by as many.
 const LOOKS: u32 = 8;
-/// How long to leave a provider that cannot serve us at all.
-const GIVE_REST: Duration = Duration::from_secs(15);
+/// How long to wait before asking for less after a refusal nobody understands.
+const NO_HURRY: Duration = Duration::from_millis(100);
 /// The finalized head is asked for again once this many blocks were seen. What is final is read by range and never
 /// withdrawn, so knowing of it late costs calls and memory, never an event.
 const FINALITY_REFRESH: u64 = 64;
@@ -110,6 +111,8 @@ pub struct Scanner<C> {
     linked: u64,
     /// Looks in a row that found a node behind or inconsistent.
     looks: u32,
+    /// Pauses for a provider that does not serve us at all, until blocks are accepted again.
+    rest: Backoff,
     said: Said,
 }
 
@@ -188,6 +191,7 @@ impl<C: Chain> Scanner<C> {
             factory_seen,
             linked: LINKED_BLOCKS,
             looks: 0,
+            rest: Backoff::growing(),
             said: Said::default(),
         }
     }
@@ -229,6 +233,7 @@ impl<C: Chain> Scanner<C> {
     /// Blocks were accepted: the answers belong together.
     fn looked_well(&mut self) {
         self.looks = 0;
+        self.rest = Backoff::growing();
         self.linked = (self.linked * 2).min(LINKED_BLOCKS);
         if std::mem::take(&mut self.said.behind) {
             info!("Answers are consistent again");
@@ -473,6 +478,7 @@ impl<C: Chain> Scanner<C> {
         // Whatever was wrong, it may be the block that was asked for: look again where the head is.
         self.recent.clear();
         self.target = None;
+        let addresses = self.limits.addresses().min(self.store.registry().len() + 1);
         match refused {
             Refused::Cap(cap) => {
                 self.limits.cap(cap);
@@ -487,15 +493,16 @@ impl<C: Chain> Scanner<C> {
             Refused::Halve(_) | Refused::FewerAddresses(_) | Refused::Unknown(_) | Refused::Slow(_)
                 if blocks == 0 =>
             {
-                Ok(Step::Wait(GIVE_REST))
+                Ok(Step::Wait(self.rest.pause()))
             }
-            Refused::Halve(_) | Refused::Unknown(_) | Refused::Slow(_) if self.limits.halve(blocks) => {
-                Ok(Step::Progress)
-            }
-            Refused::FewerAddresses(_) if self.limits.cap_addresses() => Ok(Step::Progress),
-            Refused::Halve(_) | Refused::Unknown(_) if self.limits.fewer_addresses() => Ok(Step::Progress),
+            Refused::Halve(_) | Refused::Slow(_) if self.limits.halve(blocks) => Ok(Step::Progress),
+            // Perhaps it is not a question of size after all: no hurry.
+            Refused::Unknown(_) if self.limits.halve(blocks) => Ok(Step::Wait(NO_HURRY)),
+            Refused::FewerAddresses(_) if self.limits.cap_addresses(addresses) => Ok(Step::Progress),
+            Refused::Halve(_) if self.limits.fewer_addresses(addresses) => Ok(Step::Progress),
+            Refused::Unknown(_) if self.limits.fewer_addresses(addresses) => Ok(Step::Wait(NO_HURRY)),
             Refused::FewerAddresses(_) | Refused::Halve(_) | Refused::Unknown(_) | Refused::Slow(_) => {
-                Ok(Step::Wait(GIVE_REST))
+                Ok(Step::Wait(self.rest.pause()))
             }
             Refused::Behind(_) => Ok(self.look_again()),
             Refused::UnknownTag(why) => Ok(self.tag_is_missing(&why)),
@@ -503,7 +510,7 @@ impl<C: Chain> Scanner<C> {
                 if !std::mem::replace(&mut self.said.behind, true) {
                     warn!("{refused}: use another provider in rpc.urls; waiting");
                 }
-                Ok(Step::Wait(GIVE_REST))
+                Ok(Step::Wait(self.rest.pause()))
             }
             Refused::WrongChain { .. } => Err(ScanError::WrongChain(refused)),
         }

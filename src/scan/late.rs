@@ -90,7 +90,8 @@ impl<C: Chain> Scanner<C> {
         };
         let stretch = self.late_stretch(&pass, &found, range.to() + 1).await?;
         self.accept_late(&pass, stretch, next).await?;
-        self.limits.grow(range.blocks());
+        let addresses = if everyone { 0 } else { pass.registered.len().max(pass.missing.len()) };
+        self.limits.grow(range.blocks(), addresses);
         Ok(Step::Progress)
     }
 

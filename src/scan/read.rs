@@ -68,7 +68,7 @@ impl<C: Chain> Scanner<C> {
         self.accept(range, harvest, &times, marks.into_values().collect(), queried, started).await?;
         self.recent = self.recent.split_off(&(range.to() + 1));
         self.proven = is_final.then_some(end.block);
-        self.limits.grow(blocks);
+        self.limits.grow(blocks, watched.len() + 1);
         Ok(Step::Progress)
     }
 
@@ -220,7 +220,7 @@ impl<C: Chain> Scanner<C> {
         let queried = watched.len() + harvest.fresh.len();
         self.accept(range, harvest, &times, marks, queried, started).await?;
         self.recent = self.recent.split_off(&(last.block.number + 1));
-        self.limits.grow(range.blocks());
+        self.limits.grow(range.blocks(), if everyone { 0 } else { watched.len() + 1 });
         Ok(Step::Progress)
     }
 

@@ -5,7 +5,8 @@
 //! 1. A lane (one escrow, or one bucket of them) has one run of messages under way at a time, and the next begins
 //!    where the acknowledged part of the last one ended: nothing overtakes.
 //! 2. Messages handed to the sink whose acknowledgement is not committed number at most `sink.max_outstanding`:
-//!    after a crash no more than those are sent again.
+//!    after a crash no more than those are sent again. What may be handed over is the oldest so many entries whose
+//!    acknowledgement is not committed (blocked lanes aside): so a second crash, before they came again, adds none.
 //! 3. An entry counts as done only after the sink acknowledged it *and* the store committed that.
 //! 4. A refused message blocks its own lane only; what looks like an outage is probed by one run at a time.
 
@@ -137,7 +138,7 @@ pub struct Publisher<S> {
     in_flight: FuturesUnordered<Pin<Box<dyn Future<Output = Finished> + Send>>>,
     /// Messages handed over and neither committed as acknowledged nor provably refused.
     outstanding: usize,
-    /// Messages held in memory.
+    /// Messages claimed and not acknowledged.
     held: usize,
     acknowledged: Vec<u64>,
     /// The commit under way and how many acknowledgements it holds.
@@ -249,7 +250,7 @@ impl<S: Sink> Publisher<S> {
         if !self.has_room() || self.store.all_claimed() {
             return Ok(());
         }
-        let room = self.window().saturating_sub(self.held).clamp(1, RUN_MESSAGES);
+        let room = self.window().saturating_sub(self.uncommitted()).clamp(1, RUN_MESSAGES);
         let claimed = on_disk(&self.store, move |store| store.claim(room)).await?;
         for Claimed { position, entry } in claimed {
             let id = LaneId::of(&entry, self.ordering, self.sink.is_sequential());
@@ -272,16 +273,22 @@ impl<S: Sink> Publisher<S> {
         }
     }
 
-    /// Messages to hold at most: enough to keep the sink busy, beside what blocked lanes keep from moving.
+    /// Messages claimed whose acknowledgement is not committed.
+    fn uncommitted(&self) -> usize {
+        self.held + self.acknowledged.len() + self.committing.as_ref().map_or(0, |(count, _)| *count)
+    }
+
+    /// How many these may be at most, beside what blocked lanes keep from moving.
     fn window(&self) -> usize {
         let stuck: usize = self.lanes.values().filter(|lane| lane.is_blocked()).map(Lane::len).sum();
-        2 * self.max_outstanding + stuck.min(BLOCKED_WINDOWS * self.max_outstanding)
+        self.max_outstanding + stuck.min(BLOCKED_WINDOWS * self.max_outstanding)
     }
 
     fn has_room(&mut self) -> bool {
         // Without blocked lanes the window is the same for all: no need to count.
-        let room = self.held < 2 * self.max_outstanding || self.held < self.window();
-        let full = !room && self.held >= (2 + BLOCKED_WINDOWS) * self.max_outstanding;
+        let uncommitted = self.uncommitted();
+        let room = uncommitted < self.max_outstanding || uncommitted < self.window();
+        let full = !room && self.held >= (1 + BLOCKED_WINDOWS) * self.max_outstanding;
         if full && !std::mem::replace(&mut self.said_full, true) {
             error!(
                 held = self.held,

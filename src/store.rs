@@ -42,7 +42,7 @@ use crate::event::{BlockRef, Event};
 use crate::telemetry::metrics;
 use fork::{Fate, doomed, forget_final, log_end, newest_final};
 use lanes::Lanes;
-use opening::{begin_life, builder, compare, migrate, open_error, read_life};
+use opening::{begin_life, builder, compare, create, migrate, open_error, read_life};
 use runs::acknowledge;
 use schema::{
     ACKNOWLEDGED, BLOCKS, EVENT_LOG, MARKS, META, PROGRESS, Progress, QUARANTINE, REGISTRY, Remembered,
@@ -207,11 +207,14 @@ impl Store {
         start_block: Option<u64>,
         added: Added,
     ) -> Result<Self, StoreError> {
-        let new = !path.exists();
-        if new && start_block.is_none() {
-            return Err(StoreError::NoStartBlock { path: path.to_owned() });
-        }
-        let db = builder().create(path).map_err(|error| open_error(path, error))?;
+        let db = match path.symlink_metadata() {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => create(path, &identity, start_block)?,
+            // redb would begin anew in it.
+            Ok(file) if file.is_file() && file.len() == 0 => {
+                return Err(StoreError::Damaged { what: format!("{} is empty", path.display()) });
+            }
+            Ok(_) | Err(_) => builder().create(path).map_err(|error| open_error(path, error))?,
+        };
         Self::start(db, path, identity, start_block, added)
     }
 

@@ -1,7 +1,8 @@
 //! Opening the file: whose it is, and whether it is whole.
 
+use std::fs::{self, File};
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use redb::{Database, DatabaseError, ReadableDatabase, StorageError};
@@ -40,6 +41,35 @@ pub(super) fn open_error(path: &Path, error: DatabaseError) -> StoreError {
         },
         other => StoreError::Damaged { what: format!("{}: {other}", path.display()) },
     }
+}
+
+/// A new store, under another name until it is whole: a crash leaves no half of a file in its place.
+pub(super) fn create(
+    path: &Path,
+    identity: &Identity,
+    start_block: Option<u64>,
+) -> Result<Database, StoreError> {
+    if start_block.is_none() {
+        return Err(StoreError::NoStartBlock { path: path.to_owned() });
+    }
+    let mut unfinished = path.as_os_str().to_owned();
+    unfinished.push(".new");
+    let unfinished = PathBuf::from(unfinished);
+    let failed = |source| open_error(path, DatabaseError::Storage(StorageError::Io(source)));
+    let db = match builder().create(&unfinished).map_err(|error| open_error(path, error)) {
+        Ok(db) if read_life(&db)?.is_none() => db,
+        // What a crash left; nothing was ever published from it.
+        Ok(_) | Err(StoreError::Damaged { .. }) => {
+            fs::remove_file(&unfinished).map_err(failed)?;
+            builder().create(&unfinished).map_err(|error| open_error(path, error))?
+        }
+        Err(error) => return Err(error),
+    };
+    begin_life(&db, path, identity, start_block)?;
+    fs::rename(&unfinished, path).map_err(failed)?;
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    File::open(folder.unwrap_or(Path::new("."))).and_then(|folder| folder.sync_all()).map_err(failed)?;
+    Ok(db)
 }
 
 pub(super) fn read_life(db: &Database) -> Result<Option<(Life, Progress)>, StoreError> {

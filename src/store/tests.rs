@@ -1,3 +1,5 @@
+mod crash;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use alloy::json_abi::Event as AbiEvent;
@@ -189,11 +191,37 @@ fn files_that_are_no_store_are_refused_and_left_as_they_are() {
     let error = Store::open(&other, identity(), Some(1), Added::Read).unwrap_err();
     assert!(matches!(error, StoreError::Damaged { .. }), "{error}");
 
+    let empty = folder.path().join("empty.redb");
+    std::fs::write(&empty, "").unwrap();
+    let error = Store::open(&empty, identity(), Some(1), Added::Read).unwrap_err();
+    assert!(matches!(error, StoreError::Damaged { .. }), "{error}");
+    assert_eq!(std::fs::read(&empty).unwrap(), b"");
+
     let nowhere = folder.path().join("no/such/folder/relayer.redb");
     let error = Store::open(&nowhere, identity(), Some(1), Added::Read).unwrap_err();
     assert!(error.is_configuration() && error.to_string().contains("does not exist"), "{error}");
     let error = Store::open(&folder.path().join("new.redb"), identity(), None, Added::Read).unwrap_err();
     assert!(matches!(error, StoreError::NoStartBlock { .. }), "{error}");
+}
+
+#[test]
+fn what_a_crash_left_of_a_new_store_is_no_hindrance() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("relayer.redb");
+    let unfinished = folder.path().join("relayer.redb.new");
+    let whole = folder.path().join("whole.redb");
+    drop(Store::open(&whole, Identity { chain_id: 7, ..identity() }, Some(5), Added::Read).unwrap());
+    let left = [vec![], vec![0; 4096], b"redb\x1a\x0a".to_vec(), std::fs::read(&whole).unwrap()];
+    for left in left {
+        std::fs::write(&unfinished, left).unwrap();
+        let store = Store::open(&path, identity(), Some(1), Added::Read).unwrap();
+        assert_eq!((store.start_block(), unfinished.exists()), (1, false));
+        store.accept(&stretch(block(1, 0), &[1], &[])).unwrap();
+        drop(store);
+        let store = Store::open(&path, identity(), None, Added::Read).unwrap();
+        assert_eq!(store.next_block(), 2);
+        std::fs::remove_file(&path).unwrap();
+    }
 }
 
 #[test]

@@ -1,0 +1,311 @@
+//! A crash, or a disk that fails, at every write and every sync of a run: what is found afterwards is the state before or
+//! after a whole step, and the run can go on.
+
+use std::io;
+use std::sync::atomic::{AtomicUsize, Ordering as Atomic};
+
+use redb::{ReadableDatabase, ReadableTable, StorageBackend, TableHandle};
+
+use super::*;
+
+/// A disk: what was synced stays; what was written since may be there after a crash, or in part.
+#[derive(Debug, Default)]
+struct Platter {
+    synced: Vec<u8>,
+    since: Vec<Write>,
+    image: Vec<u8>,
+}
+
+#[derive(Clone, Debug)]
+enum Write {
+    Bytes(usize, Vec<u8>),
+    Length(usize),
+}
+
+impl Write {
+    fn apply(&self, image: &mut Vec<u8>) {
+        match self {
+            Self::Bytes(offset, bytes) => {
+                if image.len() < offset + bytes.len() {
+                    image.resize(offset + bytes.len(), 0);
+                }
+                image[*offset..offset + bytes.len()].copy_from_slice(bytes);
+            }
+            Self::Length(length) => image.resize(*length, 0),
+        }
+    }
+}
+
+/// Fails at operation number `fails_at`, and at every one after it.
+#[derive(Clone, Debug)]
+struct Disk {
+    platter: Arc<Mutex<Platter>>,
+    operations: Arc<AtomicUsize>,
+    fails_at: usize,
+    with: io::ErrorKind,
+}
+
+impl Disk {
+    fn holding(image: Vec<u8>) -> Self {
+        let platter = Platter { synced: image.clone(), since: vec![], image };
+        let platter = Arc::new(Mutex::new(platter));
+        Self { platter, operations: Arc::default(), fails_at: usize::MAX, with: io::ErrorKind::Other }
+    }
+
+    fn failing(fails_at: usize, with: io::ErrorKind) -> Self {
+        Self { fails_at, with, ..Self::holding(vec![]) }
+    }
+
+    fn operation(&self) -> io::Result<MutexGuard<'_, Platter>> {
+        let number = self.operations.fetch_add(1, Atomic::SeqCst);
+        if number >= self.fails_at {
+            return Err(io::Error::new(self.with, "the test says so"));
+        }
+        Ok(lock(&self.platter))
+    }
+
+    fn write_that(&self, write: Write) -> io::Result<()> {
+        let mut platter = self.operation()?;
+        write.apply(&mut platter.image);
+        platter.since.push(write);
+        Ok(())
+    }
+
+    /// What may be found after a crash: all that was written (the process was killed); only what was synced (the power
+    /// went); and between them some of the writes, the last of these torn.
+    fn remains(&self, salt: u64) -> Vec<Vec<u8>> {
+        let platter = lock(&self.platter);
+        let mut remains = vec![platter.image.clone(), platter.synced.clone()];
+        for nth in 0..3u64 {
+            let mut image = platter.synced.clone();
+            for (place, write) in platter.since.iter().enumerate() {
+                let mut dice =
+                    (salt + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15).rotate_left(place as u32 + nth as u32);
+                dice ^= (place as u64 + 7 * nth).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+                match (dice >> 17) % 3 {
+                    0 => {}
+                    1 => write.apply(&mut image),
+                    _ => match write {
+                        Write::Bytes(offset, bytes) => {
+                            let torn = bytes[..bytes.len() / 2].to_vec();
+                            Write::Bytes(*offset, torn).apply(&mut image);
+                        }
+                        length @ Write::Length(_) => length.apply(&mut image),
+                    },
+                }
+            }
+            // A file never ends before what was synced of it.
+            let length = image.len().max(platter.image.len());
+            image.resize(length, 0);
+            remains.push(image);
+        }
+        remains
+    }
+}
+
+impl StorageBackend for Disk {
+    fn len(&self) -> io::Result<u64> {
+        Ok(lock(&self.platter).image.len() as u64)
+    }
+
+    fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
+        let offset = offset as usize;
+        let platter = lock(&self.platter);
+        let bytes = platter.image.get(offset..offset + out.len());
+        out.copy_from_slice(bytes.ok_or_else(|| io::Error::from(io::ErrorKind::UnexpectedEof))?);
+        Ok(())
+    }
+
+    fn set_len(&self, length: u64) -> io::Result<()> {
+        self.write_that(Write::Length(length as usize))
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        let mut platter = self.operation()?;
+        platter.synced = platter.image.clone();
+        platter.since.clear();
+        Ok(())
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.write_that(Write::Bytes(offset as usize, data.to_vec()))
+    }
+}
+
+fn open(disk: &Disk) -> Result<Store, StoreError> {
+    Store::open_backend(disk.clone(), identity(), Some(1), Added::Read)
+}
+
+/// One transaction at most.
+type Script = Vec<(&'static str, fn(&Store) -> Result<(), StoreError>)>;
+
+fn claim_all_and_acknowledge(store: &Store, of: fn(usize) -> bool) -> Result<(), StoreError> {
+    let claimed = store.claim(usize::MAX)?;
+    let wanted = claimed.iter().enumerate().filter(|(place, _)| of(*place));
+    store.acknowledge(wanted.map(|(_, claimed)| claimed.position).collect())
+}
+
+fn malformed(at: BlockRef) -> Quarantined {
+    Quarantined {
+        address: escrow(1),
+        topics: vec![B256::ZERO],
+        data: vec![1; 3000],
+        block: (at.number, at.hash),
+        transaction_hash: B256::ZERO,
+        log_index: 99,
+        reason: "the test says so".into(),
+    }
+}
+
+/// Every kind of transaction there is, in an order in which each finds something to do.
+fn script() -> Script {
+    fn withdraw(store: &Store, to: BlockRef) -> Result<(), StoreError> {
+        store.retract(Some(to), u64::MAX)?.expect("there is no cap");
+        Ok(())
+    }
+    vec![
+        ("escrows and their events", |store| store.accept(&stretch(block(1, 0), &[1, 2], &[1, 2, 2]))),
+        ("some acknowledged", |store| claim_all_and_acknowledge(store, |place| place % 2 == 0)),
+        ("the next block", |store| store.accept(&stretch(block(2, 0), &[3], &[1, 3]))),
+        ("a log that does not decode", |store| {
+            store.accept(&Stretch {
+                quarantined: vec![malformed(block(3, 0))],
+                ..stretch(block(3, 0), &[], &[2])
+            })
+        }),
+        ("a fork: dropped where nobody saw it", |store| withdraw(store, block(1, 0))),
+        ("the other fork", |store| store.accept(&stretch(block(2, 1), &[4], &[1, 4, 4]))),
+        ("all acknowledged", |store| claim_all_and_acknowledge(store, |_| true)),
+        ("a fork: withdrawn where it was published", |store| withdraw(store, block(1, 0))),
+        ("escrows known late", |store| store.import(&[escrow(7), escrow(8)], 1).map(drop)),
+        ("their history", |store| {
+            let (id, _) = store.late_read().expect("the import asks for one");
+            let events = vec![event(escrow(7), block(1, 0), 50, false)];
+            store.accept_late(id, &LateStretch { events, next: 2, ..LateStretch::default() }).map(drop)
+        }),
+        ("blocks become final", |store| {
+            store.accept(&Stretch { finalized: Some(2), ..stretch(block(2, 2), &[5], &[7, 1]) })?;
+            Ok(())
+        }),
+        ("final blocks are forgotten", |store| {
+            store.accept(&Stretch { finalized: Some(3), ..stretch(block(3, 2), &[], &[5]) })
+        }),
+        ("the rest acknowledged", |store| claim_all_and_acknowledge(store, |_| true)),
+    ]
+}
+
+/// All rows of all tables, without what differs from run to run: times, and the epoch made from one.
+fn rows(store: &Store) -> BTreeMap<String, Vec<String>> {
+    let read = store.db.begin_read().unwrap();
+    let mut tables = BTreeMap::new();
+    let mut names: Vec<String> = read.list_tables().unwrap().map(|table| table.name().to_owned()).collect();
+    names.sort();
+    let mut put = |name: &str, rows: Vec<String>| tables.insert(name.to_owned(), rows);
+    let log = read.open_table(EVENT_LOG).unwrap();
+    let entries = log.iter().unwrap().map(|row| {
+        let (position, value) = row.unwrap();
+        let entry: Entry = decode("event_log", value.value()).unwrap();
+        format!("{} {:?}", position.value(), Entry { epoch: 0, stored_at: 0, ..entry })
+    });
+    put("event_log", entries.collect());
+    put("registry", store.escrows().unwrap().iter().map(|row| format!("{row:?}")).collect());
+    put("blocks", store.remembered().unwrap().iter().map(|row| format!("{row:?}")).collect());
+    put("quarantine", store.quarantined().unwrap().iter().map(|row| format!("{row:?}")).collect());
+    let acknowledged = read.open_table(ACKNOWLEDGED).unwrap();
+    let runs =
+        acknowledged.iter().unwrap().map(|run| run.map(|(from, to)| (from.value(), to.value())).unwrap());
+    put("acknowledged", runs.map(|run| format!("{run:?}")).collect());
+    put("watermark", vec![store.watermark().unwrap().to_string()]);
+    put("progress", vec![format!("{:?}", lock(&store.progress))]);
+    put("late_reads", vec![format!("{:?}", late::load(&store.db).unwrap())]);
+    put("tables", names);
+    tables
+}
+
+/// What holds of every store that can be opened.
+fn assert_sound(store: &Store) {
+    let read = store.db.begin_read().unwrap();
+    let log = read.open_table(EVENT_LOG).unwrap();
+    let next_position = lock(&store.progress).next_position;
+    let mut last: HashMap<Address, u64> = HashMap::new();
+    for row in log.iter().unwrap() {
+        let (position, value) = row.unwrap();
+        assert!(position.value() < next_position, "a position not given out");
+        let entry: Entry = decode("event_log", value.value()).unwrap();
+        let before = last.insert(entry.escrow, entry.sequence).unwrap_or(0);
+        assert_eq!(entry.sequence, before + 1, "sequence of {}", entry.escrow);
+    }
+    for (address, row) in store.escrows().unwrap() {
+        assert_eq!(row.last_sequence, last.get(&address).copied().unwrap_or(0), "{address}");
+        assert_eq!(store.registry().contains(&address), row.state == EscrowState::Active, "{address}");
+    }
+    assert!(store.watermark().unwrap() <= next_position);
+    assert_eq!(store.waiting() as usize, waiting(store).len(), "what waits is what is handed out");
+}
+
+#[test]
+fn a_crash_at_any_write_or_sync_leaves_the_state_before_or_after_a_whole_step() {
+    let script = script();
+    let disk = Disk::holding(vec![]);
+    let store = open(&disk).unwrap();
+    let mut states = vec![rows(&store)];
+    for (name, step) in &script {
+        step(&store).unwrap_or_else(|error| panic!("{name}: {error}"));
+        states.push(rows(&store));
+    }
+    assert!(states.windows(2).all(|pair| pair[0] != pair[1]), "each step does something");
+    let operations = disk.operations.load(Atomic::SeqCst);
+    assert!(operations > 60, "{operations} operations are few");
+
+    for fails_at in 0..operations {
+        let kind = [io::ErrorKind::Other, io::ErrorKind::StorageFull][fails_at % 2];
+        let disk = Disk::failing(fails_at, kind);
+        // How many steps were said to be done.
+        let mut done = None;
+        if let Ok(store) = open(&disk) {
+            done = Some(0);
+            for (_, step) in &script {
+                match step(&store) {
+                    Ok(()) => done = done.map(|steps| steps + 1),
+                    Err(error) => {
+                        assert!(matches!(error, StoreError::Io(_)), "{error}");
+                        // Its outcome is unknown: nothing more is committed by this process.
+                        let again = store.accept(&stretch(block(9, 0), &[], &[]));
+                        assert!(matches!(again, Err(StoreError::Io(_))), "{again:?}");
+                        break;
+                    }
+                }
+            }
+        }
+        for (nth, image) in disk.remains(fails_at as u64).into_iter().enumerate() {
+            // What is not whole yet has not got its name yet.
+            if done.is_none() && open(&Disk::holding(image.clone())).is_err() {
+                continue;
+            }
+            let context =
+                format!("crash at operation {fails_at} of {operations}, remains {nth}, {done:?} steps done");
+            assert_sound(
+                &open(&Disk::holding(image.clone())).unwrap_or_else(|error| panic!("{context}: {error}")),
+            );
+            let disk = Disk::holding(image);
+            let store = open(&disk).unwrap();
+            let found = rows(&store);
+            let before = done.unwrap_or(0);
+            let after = (before + usize::from(done.is_some())).min(script.len());
+            let state = (before..=after).find(|state| states[*state] == found);
+            let Some(state) = state else {
+                panic!("{context}: {found:#?}\nis neither\n{:#?}\nnor\n{:#?}", states[before], states[after]);
+            };
+            if nth < 2 {
+                for (name, step) in &script[state..] {
+                    step(&store).unwrap_or_else(|error| panic!("{context}, then {name}: {error}"));
+                }
+                assert_eq!(store.cursor(), Some(block(3, 2)), "{context}");
+                drop(store);
+                let store = open(&disk).unwrap();
+                claim_all_and_acknowledge(&store, |_| true).unwrap();
+                assert_eq!(store.waiting(), 0, "{context}");
+            }
+        }
+    }
+}

@@ -207,15 +207,19 @@ impl Store {
         start_block: Option<u64>,
         added: Added,
     ) -> Result<Self, StoreError> {
-        let db = match path.symlink_metadata() {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => create(path, &identity, start_block)?,
-            // redb would begin anew in it.
-            Ok(file) if file.is_file() && file.len() == 0 => {
-                return Err(StoreError::Damaged { what: format!("{} is empty", path.display()) });
-            }
-            Ok(_) | Err(_) => builder().create(path).map_err(|error| open_error(path, error))?,
-        };
-        Self::start(db, path, identity, start_block, added)
+        unbroken(path, || {
+            let db = match path.symlink_metadata() {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                    create(path, &identity, start_block)?
+                }
+                // redb would begin anew in it.
+                Ok(file) if file.is_file() && file.len() == 0 => {
+                    return Err(StoreError::Damaged { what: format!("{} is empty", path.display()) });
+                }
+                Ok(_) | Err(_) => builder().create(path).map_err(|error| open_error(path, error))?,
+            };
+            Self::start(db, path, identity, start_block, added)
+        })
     }
 
     /// The same on any backend: how tests crash it, count its syncs, or keep it in memory.
@@ -226,8 +230,10 @@ impl Store {
         added: Added,
     ) -> Result<Self, StoreError> {
         let path = Path::new("(memory)");
-        let db = builder().create_with_backend(backend).map_err(|error| open_error(path, error))?;
-        Self::start(db, path, identity, start_block, added)
+        unbroken(path, || {
+            let db = builder().create_with_backend(backend).map_err(|error| open_error(path, error))?;
+            Self::start(db, path, identity, start_block, added)
+        })
     }
 
     fn start(
@@ -538,6 +544,14 @@ pub(crate) async fn on_disk<T: Send + 'static>(
         Ok(result) => result,
         Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
     }
+}
+
+/// redb panics over pages that make no sense: when a file is opened, that is damage to report.
+fn unbroken<T>(path: &Path, open: impl FnOnce() -> Result<T, StoreError>) -> Result<T, StoreError> {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(open)).unwrap_or_else(|panicked| {
+        let why = panicked.downcast_ref::<String>().map_or("it cannot be read", String::as_str);
+        Err(StoreError::Damaged { what: format!("{}: {why}", path.display()) })
+    })
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -309,3 +309,46 @@ fn a_crash_at_any_write_or_sync_leaves_the_state_before_or_after_a_whole_step() 
         }
     }
 }
+
+#[test]
+fn a_damaged_file_is_opened_or_refused_but_nothing_worse() {
+    let disk = Disk::holding(vec![]);
+    let store = open(&disk).unwrap();
+    for (_, step) in script() {
+        step(&store).unwrap();
+    }
+    drop(store);
+    let image = lock(&disk.platter).image.clone();
+    let mut refused = 0;
+    let mut dice = 1u64;
+    let mut roll = |bound: usize| {
+        dice = dice.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (dice >> 33) as usize % bound
+    };
+    for round in 0..600 {
+        let mut damaged = image.clone();
+        match round % 4 {
+            0 => damaged.truncate(roll(image.len())),
+            1 => damaged[roll(image.len())] ^= 1 << roll(8),
+            2 => {
+                let from = roll(image.len());
+                let to = (from + roll(5000)).min(image.len());
+                damaged[from..to].fill(roll(256) as u8);
+            }
+            _ => damaged[roll(4096)] ^= 0xFF,
+        }
+        let opened = std::panic::catch_unwind(|| open(&Disk::holding(damaged)).map(drop));
+        match opened {
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => {
+                assert!(
+                    matches!(error, StoreError::Damaged { .. } | StoreError::Io(_)),
+                    "round {round}: {error}"
+                );
+                refused += 1;
+            }
+            Err(_) => panic!("round {round} panicked"),
+        }
+    }
+    assert!(refused > 100, "{refused} refused");
+}

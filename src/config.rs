@@ -146,6 +146,8 @@ pub struct Storage {
 pub struct Ledger {
     /// Events not yet acknowledged at which reading pauses.
     pub max_waiting: NonZeroU64,
+    /// How long published events are kept once they are final; `None`: for ever.
+    pub retention: Option<Duration>,
 }
 
 /// How what was read is checked afterwards.
@@ -280,6 +282,7 @@ impl Config {
         let rpc = rpc(&mut reader);
         let storage = reader.required(&keys::STORAGE_PATH);
         let max_waiting = reader.required(&keys::LEDGER_MAX_WAITING);
+        let retention = reader.required(&keys::LEDGER_RETENTION);
         let sample_interval = reader.required(&keys::AUDIT_SAMPLE_INTERVAL);
         let ignored_events = reader.required(&keys::AUDIT_IGNORED_EVENTS);
         let sink = sink(&mut reader, sources);
@@ -295,7 +298,7 @@ impl Config {
                 escrow,
                 rpc: rpc?,
                 storage: Storage { path: storage? },
-                ledger: Ledger { max_waiting: max_waiting? },
+                ledger: Ledger { max_waiting: max_waiting?, retention: retention? },
                 audit: Audit { sample_interval: sample_interval?, ignored_events: ignored_events? },
                 sink: sink?,
                 http: Http { listen: listen? },

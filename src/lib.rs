@@ -48,13 +48,16 @@ use publish::{PublishError, Publisher, Sink};
 use pubsub::ConfiguredSink;
 use rpc::Rpc;
 use scan::{ScanError, Scanner, Until};
-use store::{Added, Identity, Store, StoreError};
+use store::{Added, Identity, Store, StoreError, on_disk};
 use telemetry::metrics;
 
 /// What stopping may take for messages under way to be acknowledged: with the last commit it fits into 8 s.
 const DRAIN: Duration = Duration::from_secs(6);
 /// How often a paused reader looks whether there is room again.
 const ROOM: Duration = Duration::from_millis(200);
+/// How often is looked whether there is something to prune, and how many entries one commit removes.
+const PRUNE_EVERY: Duration = Duration::from_secs(60);
+const PRUNED_AT_ONCE: usize = 5_000;
 /// While new blocks keep coming without a pause, each so many steps one goes to what has to be read late.
 const LATE_TURN: u64 = 8;
 
@@ -172,6 +175,8 @@ impl Relay {
             Arc::clone(&self.store),
             Arc::clone(&self.signatures),
         )));
+        let _pruning =
+            AbortOnDrop(tokio::spawn(prune(Arc::clone(&self.store), self.config.ledger.retention)));
         // Either side's end, good or bad, must reach the other.
         let stop = stop.child_token();
         let read = CancellationToken::new();
@@ -321,6 +326,22 @@ async fn read_late(
         None => {}
     }
     Ok(())
+}
+
+/// Removes what need not be kept any more, for ever. The store's faults end the run where it reads or publishes.
+async fn prune(store: Arc<Store>, retention: Option<Duration>) {
+    let Some(retention) = retention else { return };
+    loop {
+        let pruned = on_disk(&store, move |store| store.prune(retention.as_secs(), PRUNED_AT_ONCE)).await;
+        let pruned = match pruned {
+            Ok(pruned) => pruned,
+            Err(error) => return warn!(%error, "Pruning ended"),
+        };
+        metrics::pruned(pruned);
+        if pruned < PRUNED_AT_ONCE {
+            tokio::time::sleep(PRUNE_EVERY.min(retention)).await;
+        }
+    }
 }
 
 /// Reading pauses while too much waits to be published.

@@ -15,6 +15,7 @@ mod fork;
 mod lanes;
 mod late;
 mod opening;
+mod prune;
 mod registry;
 mod runs;
 mod schema;

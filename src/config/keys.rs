@@ -270,6 +270,15 @@ keys! {
         shape: Number, default: Some("1000000"), plain: None,
         parse: non_zero,
     }
+    LEDGER_RETENTION: Option<Duration> {
+        path: "ledger.retention",
+        about: "how long published events are kept once they are final, such as \"7days\", or \"forever\"",
+        shape: Text, default: Some(r#""7days""#), plain: None,
+        parse: |raw| match raw.text() {
+            Some(text) if text == "forever" => Ok(None),
+            _ => duration(raw).map(Some),
+        },
+    }
     AUDIT_SAMPLE_INTERVAL: Option<Duration> {
         path: "audit.sample_interval",
         about: "how often logs are read without a topic filter, to find unknown events, such as \"1h\", or \"off\"",

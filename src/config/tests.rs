@@ -196,6 +196,7 @@ fn every_key_can_be_set_by_its_variable() {
         ("rpc.timeout", "7s"),
         ("storage.path", "/data/store.redb"),
         ("ledger.max_waiting", "11"),
+        ("ledger.retention", "forever"),
         ("audit.sample_interval", "off"),
         ("audit.ignored_events", "Paused(address by)"),
         ("sink.kind", "file"),

@@ -31,6 +31,8 @@ pub(super) const PROGRESS: &str = "progress";
 pub(super) const MARKS: TableDefinition<&str, u64> = TableDefinition::new("marks");
 /// Every entry below it is acknowledged.
 pub(super) const WATERMARK: &str = "watermark";
+/// The highest block of which an entry was pruned.
+pub(super) const PRUNED_BLOCK: &str = "pruned_block";
 
 /// Version of this layout. 1 had no [`LATE_READS`] and no escrow that was [`EscrowState::Joining`].
 pub(super) const SCHEMA: u32 = 2;

@@ -615,3 +615,31 @@ fn what_was_acknowledged_above_the_watermark_is_not_handed_out_again_in_another_
     assert_eq!((store.watermark().unwrap(), store.waiting()), (5, 0));
     assert!(claim().is_empty());
 }
+
+#[test]
+fn only_what_is_acknowledged_final_and_old_is_pruned_and_everything_goes_on_as_before() {
+    let store = memory();
+    for number in 1..=6 {
+        let announced: &[u8] = if number == 1 { &[1, 2] } else { &[] };
+        let finalized = u64::checked_sub(number, 3);
+        store.accept(&Stretch { finalized, ..stretch(block(number, 0), announced, &[1, 2]) }).unwrap();
+    }
+    // 4 entries in block 1, 2 in each after it; blocks up to 3 are final.
+    assert_eq!(store.prune(0, 100).unwrap(), 0, "nothing is acknowledged");
+    let claimed = store.claim(usize::MAX).unwrap();
+    store.acknowledge(claimed.iter().map(|it| it.position).filter(|it| *it != 6).collect()).unwrap();
+    assert_eq!(store.prune(3600, 100).unwrap(), 0, "nothing is old");
+    assert_eq!((store.whole_from().unwrap(), store.prune(0, 5).unwrap()), (1, 5));
+    assert_eq!((store.prune(0, 100).unwrap(), store.whole_from().unwrap()), (1, 3), "one before the gap");
+    store.acknowledge(vec![6]).unwrap();
+    assert_eq!((store.prune(0, 100).unwrap(), store.log_len().unwrap()), (2, 6), "the rest is not final");
+    assert_eq!(store.whole_from().unwrap(), 4);
+
+    let withdrawal = store.retract(Some(block(3, 0)), u64::MAX).unwrap().unwrap();
+    assert_eq!(withdrawal.retracted, 6);
+    store.accept(&stretch(block(4, 1), &[], &[1])).unwrap();
+    let next = store.claim(usize::MAX).unwrap();
+    assert_eq!(next.len(), 7);
+    assert_eq!(next[6].position, 20, "no position is used again");
+    assert_eq!(next[6].entry.sequence, 11, "seven events, three withdrawals, and one more");
+}

@@ -30,6 +30,7 @@ pub const ALL: &[(&str, Kind, &str)] = &[
     ("relayer_retractions_stopped", Kind::Gauge, "1 while a fork would withdraw more than may be withdrawn."),
     ("relayer_quarantined_logs_total", Kind::Counter, "Logs with a known topic that did not decode."),
     ("relayer_unknown_topic_logs_total", Kind::Counter, "Logs in samples whose topic0 no signature knows."),
+    ("relayer_pruned_entries_total", Kind::Counter, "Published and final messages removed from the store."),
     ("relayer_escrows", Kind::Gauge, "Escrows that are watched."),
     ("relayer_waiting_events", Kind::Gauge, "Events stored and not acknowledged."),
     ("relayer_published_events_total", Kind::Counter, "Events acknowledged by the sink."),
@@ -69,6 +70,7 @@ pub fn install() -> Option<PrometheusHandle> {
         "relayer_retractions_total",
         "relayer_quarantined_logs_total",
         "relayer_unknown_topic_logs_total",
+        "relayer_pruned_entries_total",
         "relayer_published_events_total",
     ] {
         counter!(name).increment(0);
@@ -120,6 +122,11 @@ pub fn retractions_stopped(stopped: bool) {
 /// Messages were withdrawn.
 pub fn retracted(messages: usize) {
     counter!("relayer_retractions_total").increment(messages as u64);
+}
+
+/// Entries were pruned.
+pub fn pruned(entries: usize) {
+    counter!("relayer_pruned_entries_total").increment(entries as u64);
 }
 
 /// Logs did not decode.

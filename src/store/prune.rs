@@ -1,0 +1,55 @@
+//! Pruning: entries that nobody needs any more.
+
+use redb::{ReadableDatabase, ReadableTable};
+
+use super::opening::now_micros;
+use super::schema::{EVENT_LOG, Entry, MARKS, PRUNED_BLOCK, WATERMARK, decode};
+use super::{Store, StoreError, lock};
+
+impl Store {
+    /// Removes the oldest entries, at most `limit`, as far as they are acknowledged, final, and older than `retention`
+    /// seconds. Returns how many.
+    ///
+    /// A fork looks at entries of blocks after the newest final one only, and a late read at none: both go on without
+    /// these. Positions are not used again.
+    pub fn prune(&self, retention: u64, limit: usize) -> Result<usize, StoreError> {
+        let Some(finalized) = self.finalized() else {
+            return Ok(0);
+        };
+        // Nothing that a publisher of this process still has to pass.
+        let claimed = lock(&self.claims).next;
+        let stored_before = (now_micros() / 1_000_000).saturating_sub(retention);
+        let read = self.db.begin_read()?;
+        let watermark = read.open_table(MARKS)?.get(WATERMARK)?.map_or(0, |mark| mark.value());
+        let (mut end, mut count, mut newest_block) = (None, 0, 0);
+        for row in read.open_table(EVENT_LOG)?.range(..watermark.min(claimed))?.take(limit) {
+            let (position, value) = row?;
+            let entry: Entry = decode("event_log", value.value())?;
+            if entry.block_number > finalized || entry.stored_at > stored_before {
+                break;
+            }
+            (end, count) = (Some(position.value() + 1), count + 1);
+            newest_block = newest_block.max(entry.block_number);
+        }
+        drop(read);
+        let Some(end) = end else {
+            return Ok(0);
+        };
+        let transaction = self.db.begin_write()?;
+        transaction.open_table(EVENT_LOG)?.retain_in(..end, |_, _| false)?;
+        {
+            let mut marks = transaction.open_table(MARKS)?;
+            let before = marks.get(PRUNED_BLOCK)?.map_or(0, |mark| mark.value());
+            marks.insert(PRUNED_BLOCK, newest_block.max(before))?;
+        }
+        transaction.commit()?;
+        Ok(count)
+    }
+
+    /// The first block whose events are all still in the log: some of earlier ones were pruned.
+    pub fn whole_from(&self) -> Result<u64, StoreError> {
+        let read = self.db.begin_read()?;
+        let pruned = read.open_table(MARKS)?.get(PRUNED_BLOCK)?.map(|mark| mark.value());
+        Ok(pruned.map_or(0, |block| block + 1).max(self.start_block()))
+    }
+}

@@ -1,7 +1,8 @@
 //! Google Pub/Sub through the official crate.
 
 use std::collections::HashSet;
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use futures_util::future::join_all;
@@ -13,6 +14,7 @@ use google_cloud_gax::retry_state::RetryState;
 use google_cloud_pubsub::client::{BasePublisher, Publisher};
 use google_cloud_pubsub::error::PublishError;
 use google_cloud_pubsub::model;
+use tracing::debug;
 
 use super::SetupError;
 use crate::config::{self, SinkKind};
@@ -31,11 +33,19 @@ const MESSAGE_BYTES: usize = 10_000_000 - 10_000;
 const RESUMES: u32 = 50;
 const RESUME_PAUSE: Duration = Duration::from_millis(10);
 
+/// Runs that failed in a row after which the client is replaced: its connection may be dead without a word (nothing in
+/// the library notices), or its credentials may have failed for good.
+const FAILURES_PER_CLIENT: u32 = 4;
+
 /// Publishes to a topic. The library makes one attempt, bounded by `sink.timeout`; every retry is the publisher's.
 pub struct GooglePubSub {
-    base: BasePublisher,
+    endpoint: Option<String>,
+    emulator: bool,
+    timeout: Duration,
     topic: String,
     current: Mutex<Generation>,
+    /// Runs in a row that could not be published.
+    failures: AtomicU32,
 }
 
 /// One publisher of the library and the keys it has seen.
@@ -43,6 +53,7 @@ pub struct GooglePubSub {
 /// A lane has one run under way at a time, and a run keeps its publisher until it is done: so a key never lives
 /// in two of them at once, though a generation may end while others of its runs are still under way.
 struct Generation {
+    base: BasePublisher,
     publisher: Publisher,
     keys: HashSet<String>,
 }
@@ -53,24 +64,31 @@ impl GooglePubSub {
         let SinkKind::Pubsub { project, topic, endpoint, emulator } = &config.kind else {
             return Err(SetupError::PubSub("sink.kind is not \"pubsub\"".into()));
         };
-        let mut builder = BasePublisher::builder().with_retry_policy(OneAttempt { timeout: config.timeout });
-        if let Some(endpoint) = endpoint {
-            builder = builder.with_endpoint(endpoint);
-        }
-        if *emulator {
-            builder = builder.with_credentials(anonymous::Builder::new().build());
-        }
-        let base = builder.build().await.map_err(|error| SetupError::PubSub(error.to_string()))?;
+        let (endpoint, timeout) = (endpoint.clone(), config.timeout);
+        let base = client(endpoint.as_deref(), *emulator, timeout).await?;
         let topic = topic_name(project, topic);
-        let current = Mutex::new(Generation::new(&base, &topic));
-        Ok(Self { base, topic, current })
+        let current = Mutex::new(Generation::new(base, &topic));
+        Ok(Self { endpoint, emulator: *emulator, timeout, topic, current, failures: AtomicU32::new(0) })
+    }
+
+    /// After a number of failures in a row: another client, with connections of its own. What is under way in the one
+    /// before keeps that until it is done.
+    async fn replace_failing_client(&self) {
+        if self.failures.load(Ordering::Relaxed) < FAILURES_PER_CLIENT {
+            return;
+        }
+        self.failures.store(0, Ordering::Relaxed);
+        match client(self.endpoint.as_deref(), self.emulator, self.timeout).await {
+            Ok(base) => *lock(&self.current) = Generation::new(base, &self.topic),
+            Err(error) => debug!(%error, "No other Pub/Sub client can be made: going on with this one"),
+        }
     }
 
     fn publisher_for(&self, key: &str) -> Publisher {
-        let mut current = self.current.lock().expect("no code that panics runs under this lock");
+        let mut current = lock(&self.current);
         if !current.keys.contains(key) {
             if current.keys.len() >= KEYS_PER_PUBLISHER {
-                *current = Generation::new(&self.base, &self.topic);
+                *current = Generation::new(current.base.clone(), &self.topic);
             }
             current.keys.insert(key.to_owned());
         }
@@ -79,21 +97,40 @@ impl GooglePubSub {
 
     /// The library's publisher has ended: the next run gets a new one.
     fn renew(&self) {
-        let mut current = self.current.lock().expect("no code that panics runs under this lock");
-        *current = Generation::new(&self.base, &self.topic);
+        let mut current = lock(&self.current);
+        *current = Generation::new(current.base.clone(), &self.topic);
     }
 }
 
 impl Generation {
-    fn new(base: &BasePublisher, topic: &str) -> Self {
+    fn new(base: BasePublisher, topic: &str) -> Self {
         let publisher = base
             .publisher(topic)
             .set_message_count_threshold(REQUEST_MESSAGES)
             .set_byte_threshold(REQUEST_BYTES)
             .set_delay_threshold(GATHER)
             .build();
-        Self { publisher, keys: HashSet::new() }
+        Self { base, publisher, keys: HashSet::new() }
     }
+}
+
+async fn client(
+    endpoint: Option<&str>,
+    emulator: bool,
+    timeout: Duration,
+) -> Result<BasePublisher, SetupError> {
+    let mut builder = BasePublisher::builder().with_retry_policy(OneAttempt { timeout });
+    if let Some(endpoint) = endpoint {
+        builder = builder.with_endpoint(endpoint);
+    }
+    if emulator {
+        builder = builder.with_credentials(anonymous::Builder::new().build());
+    }
+    builder.build().await.map_err(|error| SetupError::PubSub(error.to_string()))
+}
+
+fn lock(current: &Mutex<Generation>) -> MutexGuard<'_, Generation> {
+    current.lock().expect("no code that panics runs under this lock")
 }
 
 /// The topic's full name; a full name is taken as it is.
@@ -113,6 +150,7 @@ impl Sink for GooglePubSub {
             let reason = format!("the message has {size} bytes, Pub/Sub takes {MESSAGE_BYTES}");
             return Receipt { acknowledged: 0, failure: Some(SinkError::Refused(reason)) };
         }
+        self.replace_failing_client().await;
         let key = run[0].ordering_key.clone();
         let publisher = self.publisher_for(&key);
         for _ in 0..RESUMES {
@@ -121,6 +159,7 @@ impl Sink for GooglePubSub {
             let results = join_all(sent).await;
             let acknowledged = results.iter().take_while(|result| result.is_ok()).count();
             let Some(failure) = results.into_iter().find_map(Result::err) else {
+                self.failures.store(0, Ordering::Relaxed);
                 return Receipt { acknowledged, failure: None };
             };
             if matches!(failure, PublishError::Shutdown) {
@@ -132,7 +171,13 @@ impl Sink for GooglePubSub {
                 tokio::time::sleep(RESUME_PAUSE).await;
                 continue;
             }
-            return Receipt { acknowledged, failure: Some(judge(&failure)) };
+            let failure = judge(&failure);
+            match failure {
+                SinkError::Unavailable(_) => self.failures.fetch_add(1, Ordering::Relaxed),
+                // The server answered.
+                SinkError::Refused(_) | SinkError::Closed(_) => self.failures.swap(0, Ordering::Relaxed),
+            };
+            return Receipt { acknowledged, failure: Some(failure) };
         }
         Receipt {
             acknowledged: 0,

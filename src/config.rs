@@ -18,7 +18,7 @@ use std::num::{NonZeroU32, NonZeroU64, NonZeroUsize};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use alloy::json_abi::Event;
+use alloy::json_abi::{Event, Function};
 use alloy::primitives::Address;
 
 pub use report::{ConfigError, Effective, Origin, Problem, Row};
@@ -102,6 +102,8 @@ pub struct Factory {
     pub events: Vec<Event>,
     /// The argument, an address in each of `events`, that names the escrow.
     pub child: String,
+    /// Its function without arguments that counts the escrows; `None`: they are not counted.
+    pub count_call: Option<Function>,
 }
 
 /// The contracts the factory deploys.
@@ -111,6 +113,17 @@ pub struct Escrow {
     pub events: Vec<Event>,
     /// Names from `events` after which nothing more is expected of an escrow; may be empty.
     pub terminal: Vec<String>,
+    /// Functions of theirs that count events; may be empty.
+    pub count_calls: Vec<CountCall>,
+}
+
+/// A function without arguments, and the event whose occurrences it counts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CountCall {
+    /// The event's name.
+    pub event: String,
+    /// The function.
+    pub function: Function,
 }
 
 /// The nodes that are asked, and what they bear.
@@ -132,6 +145,40 @@ pub struct Rpc {
     pub max_batch: NonZeroUsize,
     /// The time one request may take; more than 0.
     pub timeout: Duration,
+    /// What words of theirs mean, before what is known of itself; may be empty.
+    pub refusals: Vec<RefusalText>,
+}
+
+/// What words in a provider's refusal mean.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RefusalText {
+    /// What they mean.
+    pub meaning: Meaning,
+    /// The words, in lower case; `#` stands for a number.
+    pub says: String,
+}
+
+/// What a refusal can mean.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Meaning {
+    /// A rate limit, or too busy: ask the same again later.
+    Wait,
+    /// Too many logs, too large an answer, too slow: ask for fewer blocks.
+    Halve,
+    /// Too many blocks; the last `#` is how many are allowed.
+    Cap,
+    /// Too many addresses.
+    Addresses,
+    /// Too many calls in one request.
+    Batch,
+    /// The node does not have the block yet.
+    Behind,
+    /// The provider does not offer this.
+    Unsupported,
+    /// The provider no longer has these blocks.
+    Pruned,
+    /// It failed: ask again, or another one.
+    Fault,
 }
 
 /// The store.
@@ -155,6 +202,10 @@ pub struct Ledger {
 pub struct Audit {
     /// The time between two samples of logs without a topic filter; `None`: none are taken.
     pub sample_interval: Option<Duration>,
+    /// Calls an hour that reading again may cost; 0: nothing is read again.
+    pub calls_per_hour: u32,
+    /// The time between two comparisons with the contracts' own counts.
+    pub count_interval: Duration,
     /// Events that are known and not relayed; may be empty.
     pub ignored_events: Vec<Event>,
 }
@@ -284,6 +335,8 @@ impl Config {
         let max_waiting = reader.required(&keys::LEDGER_MAX_WAITING);
         let retention = reader.required(&keys::LEDGER_RETENTION);
         let sample_interval = reader.required(&keys::AUDIT_SAMPLE_INTERVAL);
+        let calls_per_hour = reader.required(&keys::AUDIT_CALLS_PER_HOUR);
+        let count_interval = reader.required(&keys::AUDIT_COUNT_INTERVAL);
         let ignored_events = reader.required(&keys::AUDIT_IGNORED_EVENTS);
         let sink = sink(&mut reader, sources);
         let listen = reader.required(&keys::HTTP_LISTEN);
@@ -299,7 +352,12 @@ impl Config {
                 rpc: rpc?,
                 storage: Storage { path: storage? },
                 ledger: Ledger { max_waiting: max_waiting?, retention: retention? },
-                audit: Audit { sample_interval: sample_interval?, ignored_events: ignored_events? },
+                audit: Audit {
+                    sample_interval: sample_interval?,
+                    calls_per_hour: calls_per_hour?,
+                    count_interval: count_interval?,
+                    ignored_events: ignored_events?,
+                },
                 sink: sink?,
                 http: Http { listen: listen? },
                 log: Log { format: format? },
@@ -342,19 +400,25 @@ fn contracts(reader: &mut Reader) -> Option<(Factory, Escrow)> {
     let child = reader.required(&keys::FACTORY_CHILD);
     let escrow_events = reader.required(&keys::ESCROW_EVENTS);
     let terminal = reader.required(&keys::ESCROW_TERMINAL);
+    let count_call = reader.optional(&keys::FACTORY_COUNT_CALL);
+    let count_calls = reader.required(&keys::ESCROW_COUNT_CALLS);
 
     if let (Some(events), Some(child)) = (&factory_events, &child) {
         check_child(reader, events, child);
     }
     if let (Some(events), Some(terminal)) = (&escrow_events, &terminal) {
-        check_terminal(reader, events, terminal);
+        check_names(reader, &keys::ESCROW_TERMINAL.key, events, terminal.iter());
+    }
+    if let (Some(events), Some(calls)) = (&escrow_events, &count_calls) {
+        check_names(reader, &keys::ESCROW_COUNT_CALLS.key, events, calls.iter().map(|it| &it.event));
     }
     if let (Some(factory_events), Some(escrow_events)) = (&factory_events, &escrow_events) {
         check_distinct(reader, factory_events, escrow_events);
     }
 
-    let factory = Factory { address: address?, events: factory_events?, child: child? };
-    let escrow = Escrow { events: escrow_events?, terminal: terminal? };
+    let factory =
+        Factory { address: address?, events: factory_events?, child: child?, count_call: count_call? };
+    let escrow = Escrow { events: escrow_events?, terminal: terminal?, count_calls: count_calls? };
     Some((factory, escrow))
 }
 
@@ -375,15 +439,20 @@ fn check_child(reader: &mut Reader, events: &[Event], child: &str) {
     }
 }
 
-fn check_terminal(reader: &mut Reader, events: &[Event], terminal: &[String]) {
-    for (item, name) in terminal.iter().enumerate() {
+fn check_names<'a>(
+    reader: &mut Reader,
+    key: &Key,
+    events: &[Event],
+    named: impl Iterator<Item = &'a String>,
+) {
+    for (item, name) in named.enumerate() {
         if events.iter().any(|event| event.name == *name) {
             continue;
         }
         let mut known: Vec<_> = events.iter().map(|event| event.name.as_str()).collect();
         known.dedup();
         let reason = format!("is not in escrow.events, which has {}", known.join(", "));
-        reader.refuse_item(&keys::ESCROW_TERMINAL.key, item, reason);
+        reader.refuse_item(key, item, reason);
     }
 }
 
@@ -406,6 +475,7 @@ fn rpc(reader: &mut Reader) -> Option<Rpc> {
     let max_addresses = reader.required(&keys::RPC_MAX_ADDRESSES);
     let max_batch = reader.required(&keys::RPC_MAX_BATCH);
     let timeout = reader.required(&keys::RPC_TIMEOUT);
+    let refusals = reader.required(&keys::RPC_REFUSALS);
     Some(Rpc {
         urls: urls?,
         requests_per_second: requests_per_second?,
@@ -415,6 +485,7 @@ fn rpc(reader: &mut Reader) -> Option<Rpc> {
         max_addresses: max_addresses?,
         max_batch: max_batch?,
         timeout: timeout?,
+        refusals: refusals?,
     })
 }
 

@@ -12,6 +12,7 @@ use std::fmt;
 
 use alloy::primitives::{Address, B256, Bytes};
 
+pub use message::digest;
 pub use message::{Attributes, Body, Retraction, SCHEMA_VERSION, event_id, retraction_id};
 pub use signature::{Decoded, Recognised, Role, SignatureError, Signatures};
 
@@ -134,6 +135,8 @@ pub struct Event {
     pub log_index: u64,
     /// The message, complete but for the sequence.
     pub body: Body,
+    /// See [`digest`].
+    pub digest: u64,
 }
 
 impl Event {

@@ -47,7 +47,7 @@ use event::Signatures;
 use publish::{PublishError, Publisher, Sink};
 use pubsub::ConfiguredSink;
 use rpc::Rpc;
-use scan::{ScanError, Scanner, Until};
+use scan::{Auditor, ScanError, Scanner, Until};
 use store::{Added, Identity, Store, StoreError, on_disk};
 use telemetry::metrics;
 
@@ -58,6 +58,8 @@ const ROOM: Duration = Duration::from_millis(200);
 /// How often is looked whether there is something to prune, and how many entries one commit removes.
 const PRUNE_EVERY: Duration = Duration::from_secs(60);
 const PRUNED_AT_ONCE: usize = 5_000;
+/// How often is looked whether blocks have become final that are to be read again.
+const AUDIT_EVERY: Duration = Duration::from_secs(5);
 /// While new blocks keep coming without a pause, each so many steps one goes to what has to be read late.
 const LATE_TURN: u64 = 8;
 
@@ -177,6 +179,11 @@ impl Relay {
         )));
         let _pruning =
             AbortOnDrop(tokio::spawn(prune(Arc::clone(&self.store), self.config.ledger.retention)));
+        let _watching = AbortOnDrop(tokio::spawn(rpc::watch(Arc::clone(&self.rpc))));
+        let (chain, store, signatures) =
+            (Arc::clone(&self.rpc), Arc::clone(&self.store), Arc::clone(&self.signatures));
+        let auditor = Auditor::new(chain, store, signatures, &self.config);
+        let _auditing = auditor.map(|auditor| AbortOnDrop(tokio::spawn(audit(auditor))));
         // Either side's end, good or bad, must reach the other.
         let stop = stop.child_token();
         let read = CancellationToken::new();
@@ -340,6 +347,18 @@ async fn prune(store: Arc<Store>, retention: Option<Duration>) {
         metrics::pruned(pruned);
         if pruned < PRUNED_AT_ONCE {
             tokio::time::sleep(PRUNE_EVERY.min(retention)).await;
+        }
+    }
+}
+
+/// Reads again what was read before, for ever. The store's faults end the run where it reads or publishes.
+async fn audit(mut auditor: Auditor<Rpc>) {
+    loop {
+        match auditor.step().await {
+            Ok(scan::Step::Progress) => {}
+            Ok(scan::Step::Wait(pause)) => tokio::time::sleep(pause.min(AUDIT_EVERY)).await,
+            Ok(scan::Step::Idle | scan::Step::Done) => tokio::time::sleep(AUDIT_EVERY).await,
+            Err(error) => return warn!(%error, "The audit ended"),
         }
     }
 }

@@ -3,7 +3,7 @@
 //! Faults and rate limits end here: one that begins is said once, and so is its end. In an outage one attempt at
 //! a time is made, with growing, jittered pauses. What passes upwards changes the plan: see [`Refused`].
 
-mod gate;
+mod health;
 #[cfg(test)]
 mod tests;
 mod transport;
@@ -12,31 +12,36 @@ mod wire;
 
 use std::collections::HashSet;
 use std::num::NonZeroU32;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use alloy::rpc::json_rpc::{Id, RequestPacket, Response, ResponsePacket, ResponsePayload};
-use futures_util::future::try_join_all;
+use futures_util::future::{join_all, try_join_all};
 use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
 use serde_json::value::RawValue;
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
 use tracing::{debug, error, warn};
 
-use crate::config::{self, SecretUrl};
+use crate::config::{self, RefusalText, SecretUrl};
 use crate::event::BlockRange;
-use crate::scan::{Answer, Call, Chain, Refused};
+use crate::scan::{Answer, BlockTag, Call, Chain, Refused};
 use crate::telemetry::metrics;
-use gate::Gate;
+use health::Health;
 use transport::{Failure, Transport};
 use verdict::{Asked, Refusal, Verdict, classify, redact};
 use wire::Query;
 
 /// What is logged of a provider's text, in characters.
 const MAX_TEXT: usize = 500;
-/// How long a provider that failed is left alone while another answers.
+/// How long others are asked first instead of a provider that contradicts itself or does not know what is asked.
 const STAY_AWAY: Duration = Duration::from_secs(60);
+/// How long others are asked first instead of one that does not offer what is needed, or has it no more.
+const STAY_AWAY_LONG: Duration = Duration::from_secs(600);
+/// How often all providers are looked at, where there are several; and those that failed.
+const LOOK_AROUND: Duration = Duration::from_secs(60);
+const LOOK_AT_FAILED: Duration = Duration::from_secs(5);
 /// Unknown refusals logged in full, at most.
 const UNKNOWN_TEXTS: usize = 100;
 /// Attempts without a usable answer after which less is asked for.
@@ -52,9 +57,9 @@ pub struct Rpc {
     burst: NonZeroU32,
     requests: Semaphore,
     max_batch: usize,
-    gate: Gate,
-    /// When another provider was turned to.
-    switched: Mutex<Instant>,
+    health: Health,
+    /// What the configuration says of refusals.
+    told: Vec<RefusalText>,
     /// The id of the next request.
     next_id: AtomicU64,
     /// Texts already logged in full.
@@ -66,8 +71,6 @@ struct Provider {
     transport: Transport,
     /// It answered with the right chain id.
     verified: AtomicBool,
-    /// It answered with another chain's.
-    wrong: AtomicBool,
     /// Calls it takes in one request, as learnt.
     batch: AtomicUsize,
 }
@@ -90,6 +93,15 @@ pub struct Refusing {
     pub message: String,
     /// No usable answer came: perhaps too much was asked for.
     slow: bool,
+}
+
+impl Refusing {
+    fn hint(&self) -> Option<Duration> {
+        match self.verdict {
+            Verdict::Wait { hint } => hint,
+            _ => None,
+        }
+    }
 }
 
 /// What came of one request.
@@ -118,7 +130,6 @@ impl Rpc {
                 url: url.clone(),
                 transport: Transport::new(url, config.timeout)?,
                 verified: AtomicBool::new(false),
-                wrong: AtomicBool::new(false),
                 batch: AtomicUsize::new(config.max_batch.get()),
             })
         });
@@ -131,8 +142,8 @@ impl Rpc {
             burst: config.burst,
             requests: Semaphore::new(config.max_concurrent.get()),
             max_batch: config.max_batch.get(),
-            gate: Gate::default(),
-            switched: Mutex::new(Instant::now()),
+            health: Health::new(&config.urls),
+            told: config.refusals.clone(),
             next_id: AtomicU64::new(1),
             never_seen: Mutex::default(),
         })
@@ -143,7 +154,7 @@ impl Rpc {
         self.providers.iter().map(|provider| &provider.url)
     }
 
-    /// Which of the providers is asked now.
+    /// Which of the providers was asked last.
     pub fn provider_in_use(&self) -> usize {
         self.current.load(Ordering::Relaxed)
     }
@@ -157,28 +168,27 @@ impl Rpc {
     }
 
     /// Asks one provider once; refused if any of the calls is.
-    async fn ask_once(&self, provider: usize, calls: &[Call]) -> Result<Vec<Answer>, Refused> {
-        let outcomes = self.try_once(provider, calls).await?;
-        outcomes
-            .into_iter()
-            .map(|outcome| outcome.map_err(|refusing| Refused::Unknown(refusing.message)))
-            .collect()
+    async fn ask_provider(&self, provider: usize, calls: &[Call]) -> Result<Vec<Answer>, Refused> {
+        let batches = calls.chunks(self.max_batch).map(|batch| self.try_once(provider, batch));
+        let outcomes = try_join_all(batches).await?.into_iter().flatten();
+        outcomes.map(|outcome| outcome.map_err(|refusing| Refused::Unknown(refusing.message))).collect()
     }
 
     /// Asks until every call is answered or one is refused in a way that waiting does not mend.
     async fn ask_batch(&self, calls: &[Call]) -> Result<Vec<Answer>, Refused> {
         let mut answers: Vec<Option<Answer>> = vec![None; calls.len()];
-        let mut slow = 0;
+        let (mut slow, mut unfit) = (0, Vec::new());
         loop {
             let pending: Vec<usize> = (0..calls.len()).filter(|index| answers[*index].is_none()).collect();
             if pending.is_empty() {
                 return Ok(answers.into_iter().flatten().collect());
             }
-            let probe = self.gate.enter().await;
-            let current = self.current.load(Ordering::Relaxed);
+            let (current, turn) = self.health.enter().await;
+            self.current.store(current, Ordering::Relaxed);
             let provider = &self.providers[current];
             let pending = &pending[..provider.batch().min(pending.len())];
             let asked: Vec<Call> = pending.iter().map(|index| calls[*index].clone()).collect();
+            let began = Instant::now();
             let outcomes = match self.attempt(provider, &asked).await {
                 Attempt::Outcomes(outcomes) => outcomes,
                 Attempt::WrongChain(found) => {
@@ -193,30 +203,59 @@ impl Rpc {
                     Err(Next::Again) => {}
                     Err(Next::Wait { hint, message, slow }) => fault = Some((hint, message, slow)),
                     Err(Next::Replan(refused)) => {
-                        self.gate.succeeded();
-                        if is_beyond_planning(&refused, &asked) {
-                            self.use_provider(current + 1);
+                        self.health.succeeded(current);
+                        if !self.turns_elsewhere(current, &refused, &asked, &mut unfit) {
+                            return Err(refused);
                         }
-                        return Err(refused);
+                        break;
                     }
                 }
             }
             match fault {
-                None => {
-                    self.gate.succeeded();
-                    self.prefer_first();
-                }
+                None => self.health.succeeded(current),
                 Some((hint, message, is_slow)) => {
-                    // Where another provider can be asked, nobody's pause is worth waiting for.
-                    self.gate.failed(&provider.url, &message, hint.filter(|_| self.providers.len() == 1));
-                    self.use_provider(current + 1);
+                    self.health.failed(current, &message, hint, began.elapsed());
                     slow += usize::from(is_slow);
                     if slow >= SLOW_ATTEMPTS && asked.iter().any(|call| matches!(call, Call::Logs(_))) {
                         return Err(Refused::Slow(message));
                     }
                 }
             }
-            drop(probe);
+            drop(turn);
+        }
+    }
+
+    /// Whether a refusal that no smaller plan helps with is one of this provider alone: another is asked then. `unfit`:
+    /// those that refused already.
+    fn turns_elsewhere(
+        &self,
+        current: usize,
+        refused: &Refused,
+        asked: &[Call],
+        unfit: &mut Vec<usize>,
+    ) -> bool {
+        match refused {
+            Refused::HistoryGone(_) | Refused::Unsupported(_) => {
+                self.health.rest(current, STAY_AWAY_LONG);
+                unfit.push(current);
+                let elsewhere = self.health.has_other_than(unfit);
+                if elsewhere {
+                    warn!(provider = %self.providers[current].url, "{refused}: asking another");
+                }
+                elsewhere
+            }
+            Refused::UnknownTag(_) => {
+                self.health.rest(current, STAY_AWAY);
+                false
+            }
+            Refused::Unknown(_) => {
+                if !asked.iter().any(|call| matches!(call, Call::Logs(_))) {
+                    self.health.rest(current, STAY_AWAY);
+                }
+                false
+            }
+            Refused::Cap(_) | Refused::Use(_) | Refused::Halve(_) | Refused::FewerAddresses(_) => false,
+            Refused::Slow(_) | Refused::Behind(_) | Refused::WrongChain { .. } => false,
         }
     }
 
@@ -252,37 +291,34 @@ impl Rpc {
     }
 
     /// Leaves a provider that serves another chain; when all of them do, the run ends.
-    fn give_up(&self, current: usize, found: u64) -> Result<(), Refused> {
+    fn give_up(&self, index: usize, found: u64) -> Result<(), Refused> {
         let wrong = Refused::WrongChain { expected: self.chain_id, found };
-        let provider = &self.providers[current];
-        if !provider.wrong.swap(true, Ordering::Relaxed) {
-            error!(provider = %provider.url, "{wrong}");
+        let (newly, all) = self.health.is_wrong(index);
+        if newly {
+            error!(provider = %self.providers[index].url, "{wrong}");
         }
-        if self.providers.iter().all(|provider| provider.wrong.load(Ordering::Relaxed)) {
-            return Err(wrong);
-        }
-        self.use_provider(current + 1);
-        Ok(())
+        if all { Err(wrong) } else { Ok(()) }
     }
 
-    /// Turns to that provider, or to the next after it that is on our chain.
-    fn use_provider(&self, index: usize) {
-        let count = self.providers.len();
-        let next = (index..index + count)
-            .map(|index| index % count)
-            .find(|index| !self.providers[*index].wrong.load(Ordering::Relaxed));
-        self.current.store(next.unwrap_or(0), Ordering::Relaxed);
-        metrics::provider_in_use(next.unwrap_or(0));
-        *self.switched.lock().expect("no code that panics runs under this lock") = Instant::now();
-    }
-
-    /// Goes back to the preferred provider after a while with another.
-    fn prefer_first(&self) {
-        let other = self.current.load(Ordering::Relaxed) != 0;
-        if other
-            && self.switched.lock().expect("no code that panics runs under this lock").elapsed() > STAY_AWAY
-        {
-            self.use_provider(0);
+    /// Looks at a provider: whether it answers, on which chain, and how far it is.
+    async fn look_at(&self, index: usize) -> Option<(usize, u64)> {
+        let began = Instant::now();
+        match self.attempt(&self.providers[index], &[Call::Header(BlockTag::Latest)]).await {
+            Attempt::WrongChain(found) => {
+                // The run ends when reading comes to the same end.
+                let _ = self.give_up(index, found);
+                None
+            }
+            Attempt::Outcomes(mut outcomes) => match outcomes.remove(0) {
+                Ok(answer) => {
+                    self.health.succeeded(index);
+                    answer.header().map(|header| (index, header.block.number))
+                }
+                Err(refusing) => {
+                    self.health.failed(index, &refusing.message, refusing.hint(), began.elapsed());
+                    None
+                }
+            },
         }
     }
 
@@ -365,7 +401,7 @@ impl Rpc {
         let reply = provider.transport.round_trip(packet).await;
         metrics::rpc_request_took(began.elapsed());
         drop(permit);
-        let reply = reply.map_err(|failure| refuse_request(&failure, queries))?;
+        let reply = reply.map_err(|failure| refuse_request(&failure, queries, &self.told))?;
         let (status, retry_after) = (reply.http_status, reply.retry_after);
         let responses = match reply.packet {
             ResponsePacket::Batch(responses) => responses,
@@ -377,7 +413,7 @@ impl Rpc {
                 // One error for a whole batch: the batch was refused.
                 let message = redact(&failure.message, MAX_TEXT);
                 let failure = Failure { said: true, slow: false, message, http_status: status, retry_after };
-                return Err(refuse_request(&failure, queries));
+                return Err(refuse_request(&failure, queries, &self.told));
             }
             ResponsePacket::Single(response) => vec![response],
         };
@@ -392,7 +428,7 @@ impl Rpc {
         Ok(queries
             .iter()
             .zip(payloads)
-            .map(|(query, payload)| judge_payload(query, payload, status, retry_after))
+            .map(|(query, payload)| judge_payload(query, payload, status, retry_after, &self.told))
             .collect())
     }
 
@@ -406,6 +442,27 @@ impl Rpc {
     }
 }
 
+/// Looks at all providers now and then, for ever; at once there is only one, there is nothing to compare.
+pub async fn watch(rpc: Arc<Rpc>) {
+    if rpc.providers.len() < 2 {
+        return;
+    }
+    let mut next = Instant::now();
+    loop {
+        let all = next <= Instant::now();
+        if all {
+            next = Instant::now() + LOOK_AROUND;
+        }
+        let looked_at =
+            rpc.health.to_look_at().into_iter().filter(|index| all || rpc.health.is_failing(*index));
+        let heads = join_all(looked_at.map(|index| rpc.look_at(index))).await;
+        if all {
+            rpc.health.heads(&heads.into_iter().flatten().collect::<Vec<_>>());
+        }
+        tokio::time::sleep(LOOK_AT_FAILED).await;
+    }
+}
+
 impl Chain for Rpc {
     async fn ask(&self, calls: Vec<Call>) -> Result<Vec<Answer>, Refused> {
         let batches = calls.chunks(self.max_batch).map(|batch| self.ask_batch(batch));
@@ -413,33 +470,25 @@ impl Chain for Rpc {
     }
 
     async fn ask_another(&self, calls: Vec<Call>) -> Option<Result<Vec<Answer>, Refused>> {
-        let (count, current) = (self.providers.len(), self.provider_in_use());
-        let others = (current + 1..current + count).map(|index| index % count);
-        let mut refused = None;
-        for other in others.filter(|index| !self.providers[*index].wrong.load(Ordering::Relaxed)) {
-            let batches = calls.chunks(self.max_batch).map(|batch| self.ask_once(other, batch));
-            match try_join_all(batches).await {
-                Ok(answers) => return Some(Ok(answers.into_iter().flatten().collect())),
-                Err(why) => refused = Some(Err(why)),
+        if self.providers.len() < 2 {
+            return None;
+        }
+        let mut refused = Refused::Unknown("no other provider answers now".to_owned());
+        for other in self.health.others(self.provider_in_use()) {
+            match self.ask_provider(other, &calls).await {
+                Ok(answers) => return Some(Ok(answers)),
+                Err(why) => refused = why,
             }
         }
-        refused
+        Some(Err(refused))
+    }
+
+    async fn ask_once(&self, calls: Vec<Call>) -> Result<Vec<Answer>, Refused> {
+        self.ask_provider(self.provider_in_use(), &calls).await
     }
 
     fn turn_away(&self) {
-        if self.providers.len() > 1 {
-            self.use_provider(self.provider_in_use() + 1);
-        }
-    }
-}
-
-/// Whether asking for less cannot help, but perhaps another provider can.
-fn is_beyond_planning(refused: &Refused, asked: &[Call]) -> bool {
-    match refused {
-        Refused::HistoryGone(_) | Refused::Unsupported(_) | Refused::UnknownTag(_) => true,
-        Refused::Unknown(_) => !asked.iter().any(|call| matches!(call, Call::Logs(_))),
-        Refused::Cap(_) | Refused::Use(_) | Refused::Halve(_) | Refused::FewerAddresses(_) => false,
-        Refused::Slow(_) | Refused::Behind(_) | Refused::WrongChain { .. } => false,
+        self.health.rest(self.provider_in_use(), STAY_AWAY);
     }
 }
 
@@ -449,7 +498,7 @@ fn refuse_all(refusing: &Refusing, calls: &[Call]) -> Vec<Outcome> {
 }
 
 /// A refusal of a request as a whole, read as one of its heaviest query.
-fn refuse_request(failure: &Failure, queries: &[Query<'_>]) -> Refusing {
+fn refuse_request(failure: &Failure, queries: &[Query<'_>], told: &[RefusalText]) -> Refusing {
     let message = failure.message.clone();
     if !failure.said {
         return Refusing { verdict: Verdict::Fault, message, slow: failure.slow };
@@ -462,7 +511,7 @@ fn refuse_request(failure: &Failure, queries: &[Query<'_>]) -> Refusing {
         data: None,
     };
     let heaviest = queries.iter().map(asked).max_by_key(weight).unwrap_or(Asked::Other);
-    let verdict = match classify(&refusal, heaviest) {
+    let verdict = match classify(&refusal, heaviest, told) {
         // A server's own trouble, in words of its own.
         Verdict::Unknown if failure.http_status.is_some_and(|status| status >= 500) => Verdict::Fault,
         verdict => verdict,
@@ -494,6 +543,7 @@ fn judge_payload(
     payload: Option<ResponsePayload>,
     http_status: Option<u16>,
     retry_after: Option<Duration>,
+    told: &[RefusalText],
 ) -> Result<Box<RawValue>, Refusing> {
     match payload {
         None => Err(useless("the batch was answered only partly".to_owned())),
@@ -506,7 +556,7 @@ fn judge_payload(
                 retry_after,
                 data: failure.data.as_deref().map(RawValue::get),
             };
-            let verdict = classify(&refusal, asked(query));
+            let verdict = classify(&refusal, asked(query), told);
             let message = redact(&failure.message, MAX_TEXT);
             let slow = verdict == Verdict::Fault;
             Err(Refusing { verdict, message: format!("{message} (code {})", failure.code), slow })

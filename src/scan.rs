@@ -4,6 +4,7 @@
 //! block rides in the same batch, so that a node that is behind gives itself away. Unfinal blocks one by one and
 //! linked: each must name the one before as its parent, and its logs are asked for by block hash, which is exact.
 
+mod audit;
 mod chain;
 mod fork;
 mod late;
@@ -20,6 +21,7 @@ use alloy::primitives::{Address, B256};
 use thiserror::Error;
 use tracing::{debug, info, warn};
 
+pub use audit::Auditor;
 pub use chain::{Answer, BlockTag, Call, Chain, LogFilter, Refused, Span};
 pub use limits::Limits;
 

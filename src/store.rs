@@ -11,6 +11,7 @@
 //!    this process and did not exist when the file was opened.
 //! 5. A commit whose outcome is unknown (I/O error) is a fault of the process: restart reads what is true.
 
+mod audit;
 mod fork;
 mod lanes;
 mod late;
@@ -35,6 +36,7 @@ use redb::{
 use thiserror::Error;
 use tokio::sync::watch;
 
+pub use audit::Comparison;
 pub use late::{Added, Imported, LateStretch};
 pub use registry::Registry;
 pub use schema::{Entry, Escrow, EscrowState, Identity, Kind, LateRead, Quarantined};
@@ -44,10 +46,10 @@ use crate::telemetry::metrics;
 use fork::{Fate, doomed, forget_final, log_end, newest_final};
 use lanes::Lanes;
 use opening::{begin_life, builder, compare, create, migrate, open_error, read_life};
-use runs::acknowledge;
+use runs::{acknowledge, add_run, cut_runs};
 use schema::{
-    ACKNOWLEDGED, BLOCKS, EVENT_LOG, MARKS, META, PROGRESS, Progress, QUARANTINE, REGISTRY, Remembered,
-    WATERMARK, decode, encode,
+    ACKNOWLEDGED, BLOCKS, DIGESTS, EVENT_LOG, MARKS, META, PROGRESS, Progress, QUARANTINE, REGISTRY,
+    Remembered, UNAUDITED, WATERMARK, decode, encode,
 };
 
 /// What can go wrong with the store.
@@ -147,6 +149,8 @@ pub struct Stretch {
     pub blocks: Vec<BlockRef>,
     /// The highest block known to be final: hashes below it are forgotten.
     pub finalized: Option<u64>,
+    /// The first of the blocks, if they may still leave the chain: they are to be read again once they cannot.
+    pub unfinal_from: Option<u64>,
 }
 
 /// What a retraction did.
@@ -182,6 +186,8 @@ pub struct Store {
     db: Database,
     identity: Identity,
     epoch: u64,
+    /// Held by whoever changes `progress`, from reading it to following the commit in memory.
+    writer: Mutex<()>,
     progress: Mutex<Progress>,
     registry: RwLock<Registry>,
     late_reads: Mutex<BTreeMap<u64, LateRead>>,
@@ -271,6 +277,7 @@ impl Store {
             late_reads,
             claims: Mutex::new(Claims { next: watermark, seen_below: progress.next_position }),
             appended: watch::Sender::new(progress.next_position),
+            writer: Mutex::new(()),
             progress: Mutex::new(progress),
             registry: RwLock::new(registry),
             waiting: AtomicU64::new(waiting),
@@ -350,6 +357,7 @@ impl Store {
         let Some(cursor) = stretch.blocks.last() else {
             return Ok(());
         };
+        let _writing = lock(&self.writer);
         let mut progress = lock(&self.progress).clone();
         let transaction = self.db.begin_write()?;
         let changed = {
@@ -358,12 +366,14 @@ impl Store {
                 lanes.announce(*escrow, *block)?;
             }
             let mut log = transaction.open_table(EVENT_LOG)?;
+            let mut digests = transaction.open_table(DIGESTS)?;
             let mut blocks = transaction.open_table(BLOCKS)?;
             let mut events = stretch.events.iter().peekable();
             for block in &stretch.blocks {
                 while let Some(event) = events.next_if(|event| event.block.number <= block.number) {
                     let entry = lanes.event(event, false)?;
                     log.insert(progress.next_position, encode(&entry)?.as_slice())?;
+                    digests.insert((event.block.number, event.log_index), event.digest)?;
                     progress.next_position += 1;
                 }
                 let remembered = Remembered { hash: block.hash, log_end: progress.next_position };
@@ -371,6 +381,9 @@ impl Store {
             }
             assert!(events.next().is_none(), "an event beyond the cursor");
             quarantine(&transaction, &stretch.quarantined)?;
+            if let Some(from) = stretch.unfinal_from {
+                add_run(&mut transaction.open_table(UNAUDITED)?, from, cursor.number + 1)?;
+            }
             progress.cursor = Some((cursor.number, cursor.hash));
             // What the node says of blocks to come is not worth keeping.
             progress.finalized =
@@ -394,6 +407,7 @@ impl Store {
     ) -> Result<Result<Withdrawal, TooMany>, StoreError> {
         // Held throughout: a publisher must not claim what is being dropped.
         let claims = lock(&self.claims);
+        let _writing = lock(&self.writer);
         let mut progress = lock(&self.progress).clone();
         // What a late read found before the store's first block is no concern of a fork that the store can see.
         let above = ancestor.map_or(progress.start_block, |block| block.number + 1);
@@ -415,7 +429,9 @@ impl Store {
                 return Ok(Err(TooMany { messages }));
             }
             let mut dropped = Vec::new();
+            let mut digests = transaction.open_table(DIGESTS)?;
             for (position, entry, fate) in doomed {
+                digests.remove((entry.block_number, entry.log_index))?;
                 if entry.announces && lanes.withdraw(entry.escrow, entry.block_hash)? {
                     withdrawal.escrows += 1;
                 }
@@ -438,6 +454,7 @@ impl Store {
             acknowledge(&transaction, &mut dropped)?;
             blocks.retain_in(above.., |_, _| false)?;
             transaction.open_table(QUARANTINE)?.retain_in((above, 0).., |_, _| false)?;
+            cut_runs(&mut transaction.open_table(UNAUDITED)?, above)?;
             let uncovered = self.registry().uncovered().map(|(escrow, _)| escrow).collect();
             late::go_back(&transaction, &mut lanes, uncovered, above)?;
             progress.cursor = ancestor.map(|block| (block.number, block.hash));

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use alloy::dyn_abi::Specifier;
-use alloy::json_abi::Event;
+use alloy::json_abi::{Event, Function};
 use alloy::primitives::Address;
 use figment::value::Value;
 use reqwest::Url;
@@ -15,7 +15,7 @@ use reqwest::Url;
 use super::layers::{self, Raw};
 use super::report::Origin;
 use super::secret::SecretUrl;
-use super::{Horizon, LogFormat, Ordering, Reading};
+use super::{CountCall, Horizon, LogFormat, Meaning, Ordering, Reading, RefusalText};
 
 /// How a key's text is read where there is only text (variables, command line).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -197,6 +197,12 @@ keys! {
         shape: Text, default: Some(r#""escrow""#), plain: None,
         parse: name,
     }
+    FACTORY_COUNT_CALL: Function {
+        path: "factory.count_call",
+        about: "the factory's function that counts its escrows, such as \"getEscrowCount()\"",
+        shape: Text, default: None, plain: None,
+        parse: |raw| function(&text(raw)?),
+    }
     ESCROW_EVENTS: Vec<Event> {
         path: "escrow.events",
         about: "the signatures of the escrows' events, such as [\"Approved(address indexed approver)\"]",
@@ -208,6 +214,12 @@ keys! {
         about: "the names of the events after which nothing more is expected, such as [\"EscrowReleased\"]",
         shape: List, default: Some(r#"["EscrowReleased", "EscrowRefunded"]"#), plain: None,
         parse: names,
+    }
+    ESCROW_COUNT_CALLS: Vec<CountCall> {
+        path: "escrow.count_calls",
+        about: "functions of the escrows that count events, such as [\"Approved = approvalsCount()\"]",
+        shape: List, default: Some("[]"), plain: None,
+        parse: |raw| list(raw, count_call, |_, _| None),
     }
     RPC_URLS: Vec<SecretUrl> {
         path: "rpc.urls",
@@ -258,6 +270,12 @@ keys! {
         shape: Text, default: Some(r#""20s""#), plain: None,
         parse: duration,
     }
+    RPC_REFUSALS: Vec<RefusalText> {
+        path: "rpc.refusals",
+        about: "what a provider's words mean, such as [\"cap = up to # blocks\", \"wait = slow down\"]",
+        shape: List, default: Some("[]"), plain: None,
+        parse: |raw| list(raw, refusal_text, equal),
+    }
     STORAGE_PATH: PathBuf {
         path: "storage.path",
         about: "the file of the store, such as \"relayer.redb\"",
@@ -287,6 +305,18 @@ keys! {
             Some(text) if text == "off" => Ok(None),
             _ => duration(raw).map(Some),
         },
+    }
+    AUDIT_CALLS_PER_HOUR: u32 {
+        path: "audit.calls_per_hour",
+        about: "how many calls an hour reading again may cost, such as 120; 0 for none",
+        shape: Number, default: Some("120"), plain: None,
+        parse: |raw| u32::try_from(whole(raw)?).or_else(|_| fault("is too large")),
+    }
+    AUDIT_COUNT_INTERVAL: Duration {
+        path: "audit.count_interval",
+        about: "how often what was read is compared with the contracts' own counts, such as \"1h\"",
+        shape: Text, default: Some(r#""1h""#), plain: None,
+        parse: duration,
     }
     AUDIT_IGNORED_EVENTS: Vec<Event> {
         path: "audit.ignored_events",
@@ -625,6 +655,55 @@ fn event(raw: &Raw) -> Parsed<Event> {
         }
     }
     Ok(event)
+}
+
+/// `getEscrowCount()`: what it returns is a number, or a truth value, in the first word.
+fn function(text: &str) -> Parsed<Function> {
+    match Function::parse(text) {
+        Ok(function) if function.inputs.is_empty() => Ok(function),
+        _ => fault("must be a function without arguments, such as \"getEscrowCount()\""),
+    }
+}
+
+/// `Approved = approvalsCount()`
+fn count_call(raw: &Raw) -> Parsed<CountCall> {
+    let text = text(raw)?;
+    let Some((event, call)) = text.split_once('=') else {
+        return fault("must be an event's name and a function, such as \"Approved = approvalsCount()\"");
+    };
+    Ok(CountCall { event: event.trim().to_owned(), function: function(call.trim())? })
+}
+
+/// `cap = up to # blocks`
+fn refusal_text(raw: &Raw) -> Parsed<RefusalText> {
+    const MEANINGS: [(&str, Meaning); 9] = [
+        ("wait", Meaning::Wait),
+        ("halve", Meaning::Halve),
+        ("cap", Meaning::Cap),
+        ("addresses", Meaning::Addresses),
+        ("batch", Meaning::Batch),
+        ("behind", Meaning::Behind),
+        ("unsupported", Meaning::Unsupported),
+        ("pruned", Meaning::Pruned),
+        ("fault", Meaning::Fault),
+    ];
+    let text = text(raw)?;
+    let (word, says) = text.split_once('=').unwrap_or((&text, ""));
+    let meaning = MEANINGS.iter().find(|(name, _)| *name == word.trim());
+    let says = says.split_whitespace().collect::<Vec<_>>().join(" ").to_lowercase();
+    match meaning {
+        Some((_, meaning)) if says.starts_with(|c: char| c.is_alphanumeric()) => {
+            Ok(RefusalText { meaning: *meaning, says })
+        }
+        _ => {
+            let words: Vec<&str> = MEANINGS.iter().map(|(name, _)| *name).collect();
+            fault(format!(
+                "must be one of {}, an equals sign, and words of the provider's message in which # stands for a number, such \
+                 as \"cap = up to # blocks\"",
+                words.join(", ")
+            ))
+        }
+    }
 }
 
 fn ordering(raw: &Raw) -> Parsed<Ordering> {

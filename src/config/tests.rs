@@ -184,8 +184,10 @@ fn every_key_can_be_set_by_its_variable() {
         ("factory.address", "0x311e63dfcefe7f2c202715ef0df01cda82f58914"),
         ("factory.events", "Made(address indexed it, uint8 x), Made(address it)"),
         ("factory.child", "it"),
+        ("factory.count_call", "count()"),
         ("escrow.events", r#"["Done(uint8 x, uint8 y)", "Begun()"]"#),
         ("escrow.terminal", "Done"),
+        ("escrow.count_calls", "Done = done(), Begun=begun() returns (bool)"),
         ("rpc.urls", r#"["http://a/KEY", "ws://b"]"#),
         ("rpc.requests_per_second", "1"),
         ("rpc.burst", "2"),
@@ -194,10 +196,13 @@ fn every_key_can_be_set_by_its_variable() {
         ("rpc.max_addresses", "5"),
         ("rpc.max_batch", "6"),
         ("rpc.timeout", "7s"),
+        ("rpc.refusals", "wait = Slow  down, cap = at most # blocks please"),
         ("storage.path", "/data/store.redb"),
         ("ledger.max_waiting", "11"),
         ("ledger.retention", "forever"),
         ("audit.sample_interval", "off"),
+        ("audit.calls_per_hour", "0"),
+        ("audit.count_interval", "1m"),
         ("audit.ignored_events", "Paused(address by)"),
         ("sink.kind", "file"),
         ("sink.path", "events.jsonl"),
@@ -221,6 +226,11 @@ fn every_key_can_be_set_by_its_variable() {
     assert_eq!(config.factory.events.len(), 2);
     assert_eq!(config.escrow.terminal, ["Done"]);
     assert_eq!(config.rpc.urls.len(), 2);
+    let told = |meaning, says: &str| RefusalText { meaning, says: says.into() };
+    let refusals = [told(Meaning::Wait, "slow down"), told(Meaning::Cap, "at most # blocks please")];
+    assert_eq!(config.rpc.refusals, refusals);
+    let counted: Vec<&str> = config.escrow.count_calls.iter().map(|it| it.event.as_str()).collect();
+    assert_eq!(counted, ["Done", "Begun"]);
     assert_eq!(config.sink.kind, SinkKind::File { path: PathBuf::from("events.jsonl") });
     assert_eq!(config.http.listen, None);
     assert_eq!(config.log.format, LogFormat::Json);

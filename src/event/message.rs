@@ -3,7 +3,7 @@
 use std::io::Write;
 
 use alloy::dyn_abi::DynSolValue;
-use alloy::primitives::{Address, B256, hex};
+use alloy::primitives::{Address, B256, Keccak256, hex};
 use serde_json::value::RawValue;
 
 use super::Log;
@@ -37,6 +37,18 @@ pub fn event_id(chain_id: u64, block_hash: &B256, log_index: u64) -> String {
 /// The id of the message that withdraws `retracted`.
 pub fn retraction_id(retracted: &str, sequence: u64) -> String {
     format!("{retracted}:retracted:{sequence}")
+}
+
+/// What a log says, wherever it stands in its block: by this an audit knows an event again. Never 0.
+pub fn digest(log: &Log) -> u64 {
+    let mut hasher = Keccak256::new();
+    hasher.update(log.block.hash);
+    hasher.update(log.transaction_hash);
+    hasher.update(log.address);
+    log.topics.iter().for_each(|topic| hasher.update(topic));
+    hasher.update(&log.data);
+    let [a, b, c, d, e, f, g, h, ..] = hasher.finalize().0;
+    u64::from_be_bytes([a, b, c, d, e, f, g, h]).max(1)
 }
 
 /// A decoded log and its context, about to become a [`Body`].

@@ -7,7 +7,7 @@ use alloy::json_abi::{Event as AbiEvent, EventParam};
 use alloy::primitives::{Address, B256};
 use thiserror::Error;
 
-use super::message::Fields;
+use super::message::{Fields, digest};
 use super::{Body, Event, Log};
 
 /// Who may emit an event: it counts only from there.
@@ -95,6 +95,11 @@ impl Decoded<'_> {
         self.signature.child.and_then(|index| self.values[index].as_address()).unwrap_or(log.address)
     }
 
+    /// Whether it announces an escrow.
+    pub fn announces(&self) -> bool {
+        self.signature.child.is_some()
+    }
+
     /// Which signature it was, as in [`Signatures::identity`].
     pub fn signature(&self) -> &str {
         &self.signature.text
@@ -114,6 +119,7 @@ impl Decoded<'_> {
             transaction_index: log.transaction_index,
             log_index: log.log_index,
             body: Body::new(&Fields { chain_id, log, timestamp, event, names, values }),
+            digest: digest(log),
         }
     }
 }

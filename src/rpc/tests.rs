@@ -114,6 +114,7 @@ fn rpc(servers: &[&Server], max_batch: usize) -> Rpc {
         max_addresses: NonZeroUsize::new(1000).unwrap(),
         max_batch: NonZeroUsize::new(max_batch).unwrap(),
         timeout: Duration::from_secs(5),
+        refusals: vec![],
     };
     Rpc::new(1, &config).unwrap()
 }
@@ -255,6 +256,52 @@ async fn a_dead_provider_is_failed_over_and_no_text_holds_the_url() {
         !refusing.message.contains("SECRET") && refusing.message.contains("connection failed"),
         "{refusing:?}"
     );
+}
+
+#[tokio::test]
+async fn a_provider_that_was_down_is_asked_again_after_it_answered_a_look_and_its_chain_is_checked_then() {
+    let down = Arc::new(AtomicBool::new(true));
+    let is_down = Arc::clone(&down);
+    let first = Server::start(move |_, request| match is_down.load(Ordering::Relaxed) {
+        true => (503, "", String::new()),
+        false => ok(request),
+    })
+    .await;
+    let second = Server::start(|_, request| ok(request)).await;
+    let rpc = rpc(&[&first, &second], 100);
+    rpc.ask(headers(1)).await.unwrap();
+    rpc.ask(headers(1)).await.unwrap();
+    assert_eq!((rpc.provider_in_use(), first.calls().len()), (1, 1), "one attempt at what is down");
+    down.store(false, Ordering::Relaxed);
+    assert_eq!(rpc.look_at(0).await, Some((0, 99)));
+    assert_eq!(first.calls().last(), Some(&2), "the head and the chain id");
+    rpc.ask(headers(1)).await.unwrap();
+    assert_eq!(rpc.provider_in_use(), 0);
+}
+
+#[tokio::test]
+async fn a_provider_without_the_history_is_passed_over_where_another_has_it() {
+    let pruned = |_: usize, request: &Value| {
+        let mut answers = all(request);
+        for answer in &mut answers {
+            let error = json!({"code": 4444, "message": "pruned history unavailable"});
+            *answer = json!({"jsonrpc": "2.0", "id": answer["id"], "error": error});
+        }
+        (200, "", json!(answers).to_string())
+    };
+    let table = [("pruned first", false), ("pruned everywhere", true)];
+    for (name, everywhere) in table {
+        let first = Server::start(pruned).await;
+        first.requests.lock().unwrap().clear();
+        let whole = Server::start(|_, request| ok(request)).await;
+        let second = if everywhere { Server::start(pruned).await } else { whole };
+        let rpc = rpc(&[&first, &second], 100);
+        // Its chain is known already: only then is what it says of the history heard.
+        rpc.providers.iter().for_each(|provider| provider.verified.store(true, Ordering::Relaxed));
+        let answered = rpc.ask(vec![range_logs(9)]).await;
+        assert_eq!(answered.is_err(), everywhere, "{name}: {answered:?}");
+        assert_eq!((first.calls().len(), second.calls().len()), (1, 1), "{name}: {answered:?}");
+    }
 }
 
 #[tokio::test]

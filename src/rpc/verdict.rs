@@ -15,6 +15,8 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
+use crate::config::{self, RefusalText};
+
 /// What a provider said when it refused one call, or a whole HTTP request.
 ///
 /// For a failed connection or a body that is not JSON-RPC, `message` is the error's text or the body.
@@ -129,6 +131,22 @@ enum Meaning {
     HistoryGone,
     UnknownTag,
     Fault,
+}
+
+impl From<config::Meaning> for Meaning {
+    fn from(told: config::Meaning) -> Self {
+        match told {
+            config::Meaning::Wait => Self::Busy,
+            config::Meaning::Halve => Self::TooMuch,
+            config::Meaning::Cap => Self::TooWide,
+            config::Meaning::Addresses => Self::TooManyAddresses,
+            config::Meaning::Batch => Self::BatchTooLarge,
+            config::Meaning::Behind => Self::Behind,
+            config::Meaning::Unsupported => Self::Unsupported,
+            config::Meaning::Pruned => Self::HistoryGone,
+            config::Meaning::Fault => Self::Fault,
+        }
+    }
 }
 
 /// One row of the table: any of these patterns means this.
@@ -439,10 +457,10 @@ const TABLE: &[Row] = &[
     ),
 ];
 
-/// Says what to do about a refusal.
-pub fn classify(refusal: &Refusal, asked: Asked) -> Verdict {
+/// Says what to do about a refusal. `told`: what the configuration says of some words; it counts before the table.
+pub fn classify(refusal: &Refusal, asked: Asked, told: &[RefusalText]) -> Verdict {
     let words = Words::of(refusal);
-    if let Some((meaning, numbers)) = words.look_up() {
+    if let Some((meaning, numbers)) = words.look_up_told(told).or_else(|| words.look_up()) {
         return decide(meaning, numbers.last().copied(), refusal, &words, asked);
     }
     match hint(refusal) {
@@ -614,6 +632,12 @@ impl Words {
                 let numbers = row.says.iter().find_map(|pattern| find(pattern, text))?;
                 Some((row.means, numbers))
             })
+        })
+    }
+
+    fn look_up_told(&self, told: &[RefusalText]) -> Option<(Meaning, Vec<u64>)> {
+        self.0.iter().find_map(|text| {
+            told.iter().find_map(|it| Some((it.meaning.into(), find_all(&it.says, text).next()?)))
         })
     }
 

@@ -1,6 +1,6 @@
 //! JSON-RPC as it travels: calls out, answers in.
 
-use alloy::primitives::{Address, B256, Bytes};
+use alloy::primitives::{Address, B256, Bytes, Selector};
 use alloy::rpc::json_rpc::{Id, Request, SerializedRequest};
 use serde::de::{self, Deserializer, Visitor};
 use serde::{Deserialize, Serialize, Serializer};
@@ -27,6 +27,7 @@ pub(super) fn method(call: &Call) -> &'static str {
         Call::Header(_) => "eth_getBlockByNumber",
         Call::Code(_) => "eth_getCode",
         Call::Logs(_) => "eth_getLogs",
+        Call::Read { .. } => "eth_call",
     }
 }
 
@@ -39,6 +40,10 @@ pub(super) fn request(query: Query<'_>, id: u64) -> SerializedRequest {
         }
         Query::Call(call @ Call::Header(tag)) => serialize(method(call), id, (Tag(*tag), false)),
         Query::Call(call @ Call::Code(address)) => serialize(method(call), id, (address, "latest")),
+        Query::Call(call @ Call::Read { contract, selector, at }) => {
+            let input = ReadParam { to: contract, data: selector };
+            serialize(method(call), id, (input, Tag(BlockTag::Number(*at))))
+        }
         Query::Call(call @ Call::Logs(filter)) => serialize(method(call), id, (FilterParam::new(filter),)),
     }
 }
@@ -47,7 +52,7 @@ pub(super) fn request(query: Query<'_>, id: u64) -> SerializedRequest {
 pub(super) fn missing_anchor(calls: &[Call]) -> Option<u64> {
     let last = |call: &Call| match call {
         Call::Logs(LogFilter { span: Span::Range(range), .. }) => Some(range.to()),
-        Call::Logs(_) | Call::Header(_) | Call::Code(_) => None,
+        Call::Logs(_) | Call::Header(_) | Call::Code(_) | Call::Read { .. } => None,
     };
     let anchor = calls.iter().filter_map(last).max()?;
     let is_there = |call: &Call| matches!(call, Call::Header(BlockTag::Number(number)) if *number == anchor);
@@ -64,7 +69,7 @@ pub(super) fn asked(call: &Call) -> Asked {
     match call {
         Call::Header(BlockTag::Safe | BlockTag::Finalized) => Asked::Tag,
         Call::Header(BlockTag::Latest | BlockTag::Number(_)) => Asked::Header,
-        Call::Code(_) => Asked::Other,
+        Call::Code(_) | Call::Read { .. } => Asked::Other,
         Call::Logs(LogFilter { span: Span::Block(_), addresses, .. }) => {
             Asked::BlockHash { addresses: addresses.len() }
         }
@@ -85,6 +90,7 @@ pub(super) fn answer(call: &Call, result: &RawValue) -> Result<Answer, serde_jso
             let code: Bytes = serde_json::from_str(result.get())?;
             Ok(Answer::Code(!code.is_empty()))
         }
+        Call::Read { .. } => Ok(Answer::Output(serde_json::from_str(result.get())?)),
         Call::Logs(_) => {
             let logs: Vec<RawLog> = serde_json::from_str(result.get())?;
             // A log of a fork already given up: some gateways hand them out. Never an event.
@@ -138,6 +144,12 @@ impl<'a> FilterParam<'a> {
             topics: (!filter.topics.is_empty()).then_some([&filter.topics]),
         }
     }
+}
+
+#[derive(Serialize)]
+struct ReadParam<'a> {
+    to: &'a Address,
+    data: &'a Selector,
 }
 
 #[derive(Deserialize)]

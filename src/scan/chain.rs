@@ -5,7 +5,7 @@ use std::future::Future;
 use std::num::NonZeroU64;
 use std::sync::Arc;
 
-use alloy::primitives::{Address, B256};
+use alloy::primitives::{Address, B256, Bytes, Selector};
 use thiserror::Error;
 
 use crate::event::{BlockRange, Header, Log};
@@ -25,6 +25,9 @@ pub trait Chain: Send + Sync + 'static {
         calls: Vec<Call>,
     ) -> impl Future<Output = Option<Result<Vec<Answer>, Refused>>> + Send;
 
+    /// Asks the provider in use: one attempt, without consequences for who is asked next.
+    fn ask_once(&self, calls: Vec<Call>) -> impl Future<Output = Result<Vec<Answer>, Refused>> + Send;
+
     /// The provider in use contradicts itself or the others: asks another from now on, where there is one.
     fn turn_away(&self);
 }
@@ -38,6 +41,15 @@ pub enum Call {
     Logs(LogFilter),
     /// Whether there is a contract at an address, at the head.
     Code(Address),
+    /// What a function without arguments returns, as of a block.
+    Read {
+        /// Whose function.
+        contract: Address,
+        /// Which.
+        selector: Selector,
+        /// The block's height.
+        at: u64,
+    },
 }
 
 /// Which block.
@@ -93,6 +105,8 @@ pub enum Answer {
     Logs(Vec<Log>),
     /// Whether there is code.
     Code(bool),
+    /// What a function returned.
+    Output(Bytes),
 }
 
 impl Answer {
@@ -100,7 +114,9 @@ impl Answer {
     pub fn header(self) -> Option<Header> {
         match self {
             Self::Header(header) => header,
-            Self::Logs(_) | Self::Code(_) => unreachable!("answers are of the kind of their call"),
+            Self::Logs(_) | Self::Code(_) | Self::Output(_) => {
+                unreachable!("answers are of the kind of their call")
+            }
         }
     }
 
@@ -108,7 +124,9 @@ impl Answer {
     pub fn logs(self) -> Vec<Log> {
         match self {
             Self::Logs(logs) => logs,
-            Self::Header(_) | Self::Code(_) => unreachable!("answers are of the kind of their call"),
+            Self::Header(_) | Self::Code(_) | Self::Output(_) => {
+                unreachable!("answers are of the kind of their call")
+            }
         }
     }
 
@@ -116,7 +134,19 @@ impl Answer {
     pub fn code(self) -> bool {
         match self {
             Self::Code(code) => code,
-            Self::Header(_) | Self::Logs(_) => unreachable!("answers are of the kind of their call"),
+            Self::Header(_) | Self::Logs(_) | Self::Output(_) => {
+                unreachable!("answers are of the kind of their call")
+            }
+        }
+    }
+
+    /// The answer to [`Call::Read`].
+    pub fn output(self) -> Bytes {
+        match self {
+            Self::Output(output) => output,
+            Self::Header(_) | Self::Logs(_) | Self::Code(_) => {
+                unreachable!("answers are of the kind of their call")
+            }
         }
     }
 }

@@ -127,11 +127,7 @@ impl<C: Chain> Scanner<C> {
         topics: &Arc<[B256]>,
     ) -> Vec<Call> {
         let all: Vec<Address> = factory.iter().chain(addresses).copied().collect();
-        all.chunks(self.limits.addresses())
-            .map(|chunk| {
-                Call::Logs(LogFilter { span, addresses: chunk.to_vec(), topics: Arc::clone(topics) })
-            })
-            .collect()
+        log_calls(span, &all, self.limits.addresses(), topics)
     }
 
     /// Notes the escrows announced in the harvest that are not registered yet, and returns them.
@@ -310,7 +306,9 @@ impl<C: Chain> Scanner<C> {
         queried: usize,
         started: Instant,
     ) -> Result<(), Trouble> {
-        let stretch = self.stretch(&harvest, times, blocks);
+        let mut stretch = self.stretch(&harvest, times, blocks);
+        let is_final = self.finalized.is_some_and(|finalized| range.to() <= finalized);
+        stretch.unfinal_from = (!is_final).then_some(range.from());
         let (from, to) = (range.from(), range.to());
         info!(from, to, events = stretch.events.len(), "Processing blocks {from} to {to}");
         let found = stretch.announced.len();
@@ -391,6 +389,18 @@ impl Harvest {
         }
         Ok(())
     }
+}
+
+/// One filter for each `at_once` addresses.
+pub(super) fn log_calls(
+    span: Span,
+    addresses: &[Address],
+    at_once: usize,
+    topics: &Arc<[B256]>,
+) -> Vec<Call> {
+    let filter =
+        |chunk: &[Address]| LogFilter { span, addresses: chunk.to_vec(), topics: Arc::clone(topics) };
+    addresses.chunks(at_once).map(|chunk| Call::Logs(filter(chunk))).collect()
 }
 
 /// What was found and stored, a line each.

@@ -1,3 +1,4 @@
+mod audit;
 mod fork;
 mod late;
 
@@ -47,7 +48,13 @@ struct Fake {
     turned_away: Mutex<usize>,
     /// A block the node says it has not.
     hidden: Mutex<Option<u64>>,
+    /// Which logs the node leaves out without a word, and of which spans.
+    left_out: Mutex<Option<LeftOut>>,
+    /// What contracts say they counted.
+    counted: Mutex<u64>,
 }
+
+type LeftOut = Box<dyn Fn(&Log, Span) -> bool + Send>;
 
 type Other = Box<dyn Fn(&Fake, &Call) -> Result<Answer, Refused> + Send>;
 
@@ -128,6 +135,9 @@ impl Fake {
         };
         let head = visible.len() as u64 - 1;
         Ok(match call {
+            Call::Read { .. } => {
+                Answer::Output(B256::left_padding_from(&self.counted.lock().unwrap().to_be_bytes()).into())
+            }
             Call::Code(_) => Answer::Code(!*self.no_code.lock().unwrap()),
             Call::Header(BlockTag::Number(number)) => Answer::Header(at(*number)),
             Call::Header(BlockTag::Latest) => Answer::Header(at(head)),
@@ -136,6 +146,8 @@ impl Fake {
                 Answer::Header(at(head.saturating_sub(finality)))
             }
             Call::Logs(filter) => {
+                let left_out = self.left_out.lock().unwrap();
+                let is_told = |log: &&Log| left_out.as_ref().is_none_or(|it| !it(log, filter.span));
                 let logs = |in_span: &dyn Fn(&Header) -> bool| {
                     let logs =
                         visible.iter().filter(|block| in_span(&block.header)).flat_map(|block| &block.logs);
@@ -143,7 +155,7 @@ impl Fake {
                         (filter.addresses.is_empty() || filter.addresses.contains(&log.address))
                             && filter.topics.contains(&log.topics[0])
                     };
-                    Answer::Logs(logs.filter(fits).cloned().collect())
+                    Answer::Logs(logs.filter(fits).filter(is_told).cloned().collect())
                 };
                 match filter.span {
                     // As nodes that are behind do: no error, just nothing.
@@ -170,6 +182,10 @@ impl Chain for Fake {
     async fn ask_another(&self, calls: Vec<Call>) -> Option<Result<Vec<Answer>, Refused>> {
         let other = self.other.lock().unwrap();
         other.as_ref().map(|other| calls.iter().map(|call| other(self, call)).collect())
+    }
+
+    async fn ask_once(&self, calls: Vec<Call>) -> Result<Vec<Answer>, Refused> {
+        self.ask(calls).await
     }
 
     fn turn_away(&self) {
@@ -298,7 +314,7 @@ async fn logs_of_a_new_escrow_in_its_own_block_are_read_by_one_more_call_for_it_
             .flatten()
             .filter_map(|call| match call {
                 Call::Logs(filter) => Some((filter.addresses.clone(), filter.topics.len())),
-                Call::Header(_) | Call::Code(_) => None,
+                Call::Header(_) | Call::Code(_) | Call::Read { .. } => None,
             })
             .collect();
         assert_eq!(filters, [(vec![FACTORY, escrow(1)], 2), (vec![escrow(2)], 1)]);

@@ -21,7 +21,7 @@ pub(super) fn forget_final(
 
 /// The newest remembered block that cannot leave the chain.
 pub(super) fn newest_final(
-    blocks: &Table<'_, u64, &'static [u8]>,
+    blocks: &impl ReadableTable<u64, &'static [u8]>,
     finalized: Option<u64>,
 ) -> Result<Option<u64>, StoreError> {
     let Some(finalized) = finalized else {

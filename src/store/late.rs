@@ -11,8 +11,8 @@ use redb::{Database, ReadableDatabase, ReadableTable, Table, WriteTransaction};
 
 use super::lanes::Lanes;
 use super::schema::{
-    EVENT_LOG, Entry, Escrow, IDENTITY, Identity, LATE_READS, LateRead, Life, META, Progress, Quarantined,
-    REGISTRY, decode, encode,
+    COUNTS_FROM, DIGESTS, EVENT_LOG, Entry, Escrow, IDENTITY, Identity, LATE_READS, LateRead, Life, MARKS,
+    META, Progress, Quarantined, REGISTRY, decode, encode,
 };
 use super::{Store, StoreError, lock, quarantine, write_progress};
 use crate::event::{BlockRef, Event};
@@ -69,21 +69,58 @@ pub(super) fn add_signatures(
     life: &mut Life,
     progress: &Progress,
     asked: &Identity,
-    added: Vec<String>,
+    asked_for: Vec<String>,
     history: bool,
 ) -> Result<(), StoreError> {
     life.identity = asked.clone();
     let transaction = db.begin_write()?;
     if let (true, Some((to, _))) = (history, progress.cursor) {
-        let read = LateRead { signatures: added, next: progress.start_block, to };
+        let read = LateRead { signatures: asked_for.clone(), next: progress.start_block, to };
         append(&mut transaction.open_table(LATE_READS)?, &read)?;
+    }
+    if let (false, Some((cursor, _))) = (history, progress.cursor) {
+        let mut marks = transaction.open_table(MARKS)?;
+        for signature in &asked_for {
+            marks.insert(format!("{COUNTS_FROM}{signature}").as_str(), cursor + 1)?;
+        }
     }
     transaction.open_table(META)?.insert(IDENTITY, encode(life)?.as_slice())?;
     transaction.commit()?;
     Ok(())
 }
 
-fn append(table: &mut LateReads<'_>, read: &LateRead) -> Result<u64, StoreError> {
+/// What was found late goes to the ends of its lanes. An event that stands already stays as it is.
+pub(super) fn put_late(
+    transaction: &WriteTransaction,
+    lanes: &mut Lanes<'_>,
+    progress: &mut Progress,
+    id: u64,
+    stretch: &LateStretch,
+) -> Result<usize, StoreError> {
+    for (escrow, block) in &stretch.announced {
+        lanes.join(*escrow, *block, id)?;
+    }
+    for (escrow, block) in &stretch.announced_earlier {
+        lanes.announce_earlier(*escrow, *block)?;
+    }
+    let mut log = transaction.open_table(EVENT_LOG)?;
+    let mut digests = transaction.open_table(DIGESTS)?;
+    let before = progress.next_position;
+    for event in &stretch.events {
+        let key = (event.block.number, event.log_index);
+        if digests.get(key)?.is_some() {
+            continue;
+        }
+        digests.insert(key, event.digest)?;
+        let entry = lanes.event(event, true)?;
+        log.insert(progress.next_position, encode(&entry)?.as_slice())?;
+        progress.next_position += 1;
+    }
+    quarantine(transaction, &stretch.quarantined)?;
+    Ok((progress.next_position - before) as usize)
+}
+
+pub(super) fn append(table: &mut LateReads<'_>, read: &LateRead) -> Result<u64, StoreError> {
     let id = table.last()?.map_or(0, |(id, _)| id.value() + 1);
     table.insert(id, encode(read)?.as_slice())?;
     Ok(id)
@@ -130,25 +167,14 @@ impl Store {
 
     /// Commits what a late read found and where it stands. `true`: it is done, and its escrows are watched.
     pub fn accept_late(&self, id: u64, stretch: &LateStretch) -> Result<bool, StoreError> {
+        let _writing = lock(&self.writer);
         let mut late_reads = lock(&self.late_reads).clone();
         let read = late_reads.get_mut(&id).expect("a late read that is stored");
         let mut progress = lock(&self.progress).clone();
         let transaction = self.db.begin_write()?;
         let (changed, done) = {
             let mut lanes = Lanes::open(&transaction, self.epoch)?;
-            for (escrow, block) in &stretch.announced {
-                lanes.join(*escrow, *block, id)?;
-            }
-            for (escrow, block) in &stretch.announced_earlier {
-                lanes.announce_earlier(*escrow, *block)?;
-            }
-            let mut log = transaction.open_table(EVENT_LOG)?;
-            for event in &stretch.events {
-                let entry = lanes.event(event, true)?;
-                log.insert(progress.next_position, encode(&entry)?.as_slice())?;
-                progress.next_position += 1;
-            }
-            quarantine(&transaction, &stretch.quarantined)?;
+            put_late(&transaction, &mut lanes, &mut progress, id, stretch)?;
             read.next = stretch.next;
             let registry = self.registry();
             let found = stretch.announced.iter().map(|(escrow, _)| *escrow);
@@ -186,6 +212,7 @@ impl Store {
     /// Registers escrows whose events count from block `from` on, which must not lie beyond the next block to read. Their
     /// history up to there is read before they are watched.
     pub fn import(&self, escrows: &[Address], from: u64) -> Result<Imported, StoreError> {
+        let _writing = lock(&self.writer);
         let progress = lock(&self.progress).clone();
         let next_block = next_block(&progress);
         assert!(from <= next_block, "block {from} was not reached");

@@ -5,11 +5,12 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use redb::{Database, DatabaseError, ReadableDatabase, StorageError};
+use redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, StorageError, WriteTransaction};
 
 use super::schema::{
-    ACKNOWLEDGED, BLOCKS, EVENT_LOG, IDENTITY, Identity, LATE_READS, Life, MARKS, META, PROGRESS, Progress,
-    QUARANTINE, REGISTRY, SCHEMA, WATERMARK, decode, encode,
+    ACKNOWLEDGED, BLOCKS, DIGESTS, DIGESTS_FROM, EVENT_LOG, Entry, IDENTITY, Identity, Kind, LATE_READS,
+    Life, MARKS, META, PROGRESS, PRUNED_BLOCK, Progress, QUARANTINE, REGISTRY, SCHEMA, UNAUDITED, WATERMARK,
+    decode, encode,
 };
 use super::{StoreError, write_progress};
 
@@ -111,6 +112,8 @@ pub(super) fn begin_life(
         transaction.open_table(ACKNOWLEDGED)?;
         transaction.open_table(QUARANTINE)?;
         transaction.open_table(LATE_READS)?;
+        transaction.open_table(DIGESTS)?;
+        transaction.open_table(UNAUDITED)?;
         write_progress(&transaction, &progress)?;
     }
     transaction.commit()?;
@@ -125,8 +128,8 @@ pub(super) fn now_micros() -> u64 {
 pub(super) fn migrate(db: &Database, life: &mut Life) -> Result<(), StoreError> {
     match life.schema {
         SCHEMA => return Ok(()),
-        // Layout 2 only adds to layout 1.
-        1 => life.schema = SCHEMA,
+        // Each layout only adds tables to the one before.
+        1 | 2 => life.schema = SCHEMA,
         newer => {
             return Err(StoreError::Damaged {
                 what: format!("it has layout version {newer}, this program knows {SCHEMA}"),
@@ -135,8 +138,28 @@ pub(super) fn migrate(db: &Database, life: &mut Life) -> Result<(), StoreError> 
     }
     let transaction = db.begin_write()?;
     transaction.open_table(LATE_READS)?;
+    transaction.open_table(UNAUDITED)?;
+    digest_log(&transaction)?;
     transaction.open_table(META)?.insert(IDENTITY, encode(life)?.as_slice())?;
     transaction.commit()?;
+    Ok(())
+}
+
+/// Notes which events of the log stand: what they say was not kept.
+fn digest_log(transaction: &WriteTransaction) -> Result<(), StoreError> {
+    let mut digests = transaction.open_table(DIGESTS)?;
+    let log = transaction.open_table(EVENT_LOG)?;
+    for row in log.iter()? {
+        let entry: Entry = decode("event_log", row?.1.value())?;
+        let key = (entry.block_number, entry.log_index);
+        match entry.kind {
+            Kind::Event => digests.insert(key, 0)?,
+            Kind::Retraction { .. } => digests.remove(key)?,
+        };
+    }
+    let mut marks = transaction.open_table(MARKS)?;
+    let pruned = marks.get(PRUNED_BLOCK)?.map(|mark| mark.value());
+    marks.insert(DIGESTS_FROM, pruned.map_or(0, |block| block + 1))?;
     Ok(())
 }
 

@@ -1,4 +1,4 @@
-//! What is acknowledged: everything below the watermark, and runs above it.
+//! Runs of numbers that stand together: positions acknowledged above the watermark, blocks not audited yet.
 
 use redb::{ReadableTable, Table, WriteTransaction};
 
@@ -27,7 +27,11 @@ pub(super) fn acknowledge(transaction: &WriteTransaction, positions: &mut [u64])
 }
 
 /// Inserts `[start, end)`, merged with the runs it touches.
-fn add_run(runs: &mut Table<'_, u64, u64>, mut start: u64, mut end: u64) -> Result<(), StoreError> {
+pub(super) fn add_run(
+    runs: &mut Table<'_, u64, u64>,
+    mut start: u64,
+    mut end: u64,
+) -> Result<(), StoreError> {
     let before =
         runs.range(..start)?.next_back().transpose()?.map(|(start, end)| (start.value(), end.value()));
     if let Some((earlier, touching)) = before
@@ -38,5 +42,35 @@ fn add_run(runs: &mut Table<'_, u64, u64>, mut start: u64, mut end: u64) -> Resu
     let after = runs.remove(end)?.map(|end| end.value());
     end = after.unwrap_or(end);
     runs.insert(start, end)?;
+    Ok(())
+}
+
+/// Takes everything from `from` on out of the runs.
+pub(super) fn cut_runs(runs: &mut Table<'_, u64, u64>, from: u64) -> Result<(), StoreError> {
+    runs.retain_in(from.., |_, _| false)?;
+    let last = runs.last()?.map(|(start, end)| (start.value(), end.value()));
+    if let Some((start, end)) = last
+        && end > from
+    {
+        runs.insert(start, from)?;
+    }
+    Ok(())
+}
+
+/// Takes `[from, end)`, which lies within one run or begins before it, out of the runs.
+pub(super) fn take_run(runs: &mut Table<'_, u64, u64>, from: u64, end: u64) -> Result<(), StoreError> {
+    let overlapping: Vec<(u64, u64)> = runs
+        .range(..end)?
+        .map(|run| run.map(|(start, end)| (start.value(), end.value())))
+        .collect::<Result<_, _>>()?;
+    for (start, run_end) in overlapping.into_iter().filter(|(_, run_end)| *run_end > from) {
+        runs.remove(start)?;
+        if start < from {
+            runs.insert(start, from)?;
+        }
+        if run_end > end {
+            runs.insert(end, run_end)?;
+        }
+    }
     Ok(())
 }

@@ -22,6 +22,11 @@ pub(super) const ACKNOWLEDGED: TableDefinition<u64, u64> = TableDefinition::new(
 pub(super) const QUARANTINE: TableDefinition<(u64, u64), &[u8]> = TableDefinition::new("quarantine");
 /// Number → [`LateRead`], ascending in the order they were asked for.
 pub(super) const LATE_READS: TableDefinition<u64, &[u8]> = TableDefinition::new("late_reads");
+/// (block, log index) → [`digest`](crate::event::digest) of each event that stands, also when its entry was pruned; 0
+/// where layout 2 had not kept it.
+pub(super) const DIGESTS: TableDefinition<(u64, u64), u64> = TableDefinition::new("digests");
+/// First block → one past the last, of runs of blocks that were read while they could leave the chain, and not again since.
+pub(super) const UNAUDITED: TableDefinition<u64, u64> = TableDefinition::new("unaudited");
 /// Name → value: [`IDENTITY`] and [`PROGRESS`].
 pub(super) const META: TableDefinition<&str, &[u8]> = TableDefinition::new("meta");
 
@@ -34,8 +39,14 @@ pub(super) const WATERMARK: &str = "watermark";
 /// The highest block of which an entry was pruned.
 pub(super) const PRUNED_BLOCK: &str = "pruned_block";
 
-/// Version of this layout. 1 had no [`LATE_READS`] and no escrow that was [`EscrowState::Joining`].
-pub(super) const SCHEMA: u32 = 2;
+/// Before a signature: the block from which on its events count, if it was added and its history was not read.
+pub(super) const COUNTS_FROM: &str = "counts from ";
+/// The first block whose events all have digests.
+pub(super) const DIGESTS_FROM: &str = "digests_from";
+
+/// Version of this layout. 1 had no [`LATE_READS`] and no escrow that was [`EscrowState::Joining`]; 2 had no [`DIGESTS`] and
+/// no [`UNAUDITED`].
+pub(super) const SCHEMA: u32 = 3;
 const VALUE_VERSION: u8 = 1;
 /// No value is larger: what a damaged length may make us allocate, in bytes.
 const VALUE_LIMIT: usize = 256 << 20;

@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use redb::backends::InMemoryBackend;
 
 use super::*;
-use crate::event::{Log, Recognised, Role, Signatures, event_id};
+use crate::event::{BlockRange, Log, Recognised, Role, Signatures, event_id};
 
 fn identity() -> Identity {
     Identity {
@@ -553,6 +553,96 @@ fn a_fork_takes_late_events_of_lost_blocks_back_and_the_late_read_reads_again_fr
     assert!(store.registry().contains(&escrow(7)));
 }
 
+/// Makes a file that was written by this layout one of an earlier: without these tables.
+fn age(path: &Path, schema: u32, epoch: u64, later: &[&str]) {
+    let db = Database::create(path).unwrap();
+    let transaction = db.begin_write().unwrap();
+    for table in transaction.list_tables().unwrap().collect::<Vec<_>>() {
+        if later.contains(&redb::TableHandle::name(&table)) {
+            transaction.delete_table(table).unwrap();
+        }
+    }
+    let life = schema::Life { schema, epoch, identity: identity() };
+    let life = encode(&life).unwrap();
+    transaction.open_table(META).unwrap().insert(schema::IDENTITY, life.as_slice()).unwrap();
+    transaction.commit().unwrap();
+}
+
+#[test]
+fn a_file_of_the_second_layout_is_audited_from_the_first_block_on_that_is_whole() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("relayer.redb");
+    let store = Store::open(&path, identity(), Some(1), Added::Read).unwrap();
+    for number in 1..=4u64 {
+        let announced: &[u8] = if number == 1 { &[1] } else { &[] };
+        let finalized = Some(number.saturating_sub(1));
+        store.accept(&Stretch { finalized, ..stretch(block(number, 0), announced, &[1]) }).unwrap();
+    }
+    claim_all(&store);
+    assert_eq!(store.prune(0, 2).unwrap(), 2, "all of block 1");
+    store.retract(Some(block(3, 0)), u64::MAX).unwrap().unwrap();
+    let epoch = store.epoch();
+    drop(store);
+    age(&path, 2, epoch, &["digests", "unaudited"]);
+
+    let store = Store::open(&path, identity(), None, Added::Leave).unwrap();
+    assert_eq!(store.comparable_from().unwrap(), 2);
+    let approved = event(escrow(1), block(2, 0), 0, false);
+    let all = BlockRange::new(2, 4).unwrap();
+    let comparison = store.compare(all, &[((2, 0), approved.digest)], vec![]).unwrap();
+    assert_eq!((comparison.missed, comparison.extra), (vec![], vec![(3, 0)]), "block 4 was withdrawn");
+}
+
+fn claim_all(store: &Store) {
+    let claimed = store.claim(usize::MAX).unwrap();
+    store.acknowledge(claimed.into_iter().map(|it| it.position).collect()).unwrap();
+}
+
+#[test]
+fn blocks_read_unfinal_are_to_be_audited_until_they_were_and_not_if_they_left_the_chain() {
+    let store = memory();
+    let unfinal = |number, fork, finalized| Stretch {
+        unfinal_from: Some(number),
+        finalized,
+        ..stretch(block(number, fork), &[], &[])
+    };
+    let unaudited = || store.unaudited(100).unwrap().map(|range| (range.from(), range.to()));
+    store.accept(&Stretch { finalized: Some(1), ..stretch(block(1, 0), &[1], &[]) }).unwrap();
+    (2..=6).for_each(|number| store.accept(&unfinal(number, 0, Some(1))).unwrap());
+    assert_eq!(unaudited(), None, "nothing of it is final");
+    store.retract(Some(block(4, 0)), u64::MAX).unwrap().unwrap();
+    store.accept(&unfinal(5, 1, Some(5))).unwrap();
+    assert_eq!(unaudited(), Some((2, 5)));
+    assert_eq!(store.unaudited(2).unwrap(), BlockRange::new(2, 3));
+
+    let missed = event(escrow(1), block(3, 0), 7, false);
+    let late = LateStretch { events: vec![missed.clone()], ..LateStretch::default() };
+    assert_eq!(store.accept_audited(BlockRange::new(2, 3).unwrap(), &late).unwrap(), 1);
+    assert_eq!(unaudited(), Some((4, 5)));
+    assert_eq!(store.accept_audited(BlockRange::new(3, 3).unwrap(), &late).unwrap(), 0, "it stands already");
+    store.accept_audited(BlockRange::new(5, 5).unwrap(), &LateStretch::default()).unwrap();
+    assert_eq!(unaudited(), Some((4, 4)), "a block in the middle");
+    let seen = [((3, 7), missed.digest), ((3, 8), 1), ((3, 9), missed.digest)];
+    let comparison = store.compare(BlockRange::new(3, 3).unwrap(), &seen, vec![(3, 1)]).unwrap();
+    assert_eq!((comparison.missed, comparison.odd), (vec![(3, 8), (3, 9)], vec![(3, 1)]));
+    let comparison = store.compare(BlockRange::new(3, 3).unwrap(), &seen[2..], vec![]).unwrap();
+    assert_eq!((comparison.renumbered, comparison.extra), (1, vec![]));
+}
+
+#[test]
+fn a_signature_whose_history_was_not_read_counts_from_the_next_block_on_for_the_audit_too() {
+    let folder = tempfile::tempdir().unwrap();
+    for (number, added) in [Added::FromNow, Added::Read].into_iter().enumerate() {
+        let path = folder.path().join(format!("{number}.redb"));
+        let store = Store::open(&path, identity(), Some(1), Added::Read).unwrap();
+        store.accept(&stretch(block(1, 0), &[1], &[])).unwrap();
+        drop(store);
+        let store = Store::open(&path, extended(), None, added).unwrap();
+        let expected = (added == Added::FromNow).then(|| ("new".to_owned(), 2));
+        assert_eq!(store.signatures_from().unwrap(), expected.into_iter().collect());
+    }
+}
+
 #[test]
 fn a_file_of_the_first_layout_is_brought_to_this_one() {
     let folder = tempfile::tempdir().unwrap();
@@ -561,33 +651,14 @@ fn a_file_of_the_first_layout_is_brought_to_this_one() {
     store.accept(&stretch(block(1, 0), &[1], &[1])).unwrap();
     let epoch = store.epoch();
     drop(store);
-    let db = Database::create(&path).unwrap();
-    let transaction = db.begin_write().unwrap();
-    transaction.delete_table(schema::LATE_READS).unwrap();
-    let life = schema::Life { schema: 1, epoch, identity: identity() };
-    transaction
-        .open_table(META)
-        .unwrap()
-        .insert(schema::IDENTITY, encode(&life).unwrap().as_slice())
-        .unwrap();
-    transaction.commit().unwrap();
-    drop(db);
+    age(&path, 1, epoch, &["late_reads", "digests", "unaudited"]);
 
     for _again in 0..2 {
         let store = Store::open(&path, identity(), None, Added::Leave).unwrap();
         assert_eq!((store.next_block(), store.registry().len(), store.epoch()), (2, 1, epoch));
         assert_eq!(store.waiting(), 2);
     }
-    let db = Database::create(&path).unwrap();
-    let transaction = db.begin_write().unwrap();
-    let life = schema::Life { schema: 99, epoch, identity: identity() };
-    transaction
-        .open_table(META)
-        .unwrap()
-        .insert(schema::IDENTITY, encode(&life).unwrap().as_slice())
-        .unwrap();
-    transaction.commit().unwrap();
-    drop(db);
+    age(&path, 99, epoch, &[]);
     let error = Store::open(&path, identity(), None, Added::Leave).unwrap_err().to_string();
     assert!(error.contains("99"), "{error}");
 }

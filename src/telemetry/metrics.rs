@@ -30,6 +30,15 @@ pub const ALL: &[(&str, Kind, &str)] = &[
     ("relayer_retractions_stopped", Kind::Gauge, "1 while a fork would withdraw more than may be withdrawn."),
     ("relayer_quarantined_logs_total", Kind::Counter, "Logs with a known topic that did not decode."),
     ("relayer_unknown_topic_logs_total", Kind::Counter, "Logs in samples whose topic0 no signature knows."),
+    ("relayer_audited_blocks_total", Kind::Counter, "Blocks read again once they were final."),
+    ("relayer_audit_missed_events_total", Kind::Counter, "Events found by the audit, published as late."),
+    ("relayer_audit_extra_events_total", Kind::Counter, "Events relayed that the audit did not find again."),
+    (
+        "relayer_audit_escrow_count_differs",
+        Kind::Gauge,
+        "1 while the factory counts other escrows than the store.",
+    ),
+    ("relayer_audit_event_counts_total", Kind::Counter, "Escrows that count other events than were relayed."),
     ("relayer_pruned_entries_total", Kind::Counter, "Published and final messages removed from the store."),
     ("relayer_escrows", Kind::Gauge, "Escrows that are watched."),
     ("relayer_waiting_events", Kind::Gauge, "Events stored and not acknowledged."),
@@ -44,6 +53,12 @@ pub const ALL: &[(&str, Kind, &str)] = &[
     ("relayer_commit_seconds", Kind::Histogram, "How long a commit took, by what it stored."),
     ("relayer_rpc_calls_total", Kind::Counter, "JSON-RPC calls, by method and by what came of them."),
     ("relayer_rpc_request_seconds", Kind::Histogram, "How long a request to a node took."),
+    ("relayer_provider_answers", Kind::Gauge, "1 while that provider answers, by its place in rpc.urls."),
+    (
+        "relayer_provider_lag_blocks",
+        Kind::Gauge,
+        "Blocks that provider is behind the newest told by another.",
+    ),
     ("relayer_provider_in_use", Kind::Gauge, "The place in rpc.urls of the provider asked, from 0."),
 ];
 
@@ -70,6 +85,10 @@ pub fn install() -> Option<PrometheusHandle> {
         "relayer_retractions_total",
         "relayer_quarantined_logs_total",
         "relayer_unknown_topic_logs_total",
+        "relayer_audited_blocks_total",
+        "relayer_audit_missed_events_total",
+        "relayer_audit_extra_events_total",
+        "relayer_audit_event_counts_total",
         "relayer_pruned_entries_total",
         "relayer_published_events_total",
     ] {
@@ -80,6 +99,7 @@ pub fn install() -> Option<PrometheusHandle> {
         "relayer_sink_outage",
         "relayer_provider_in_use",
         "relayer_retractions_stopped",
+        "relayer_audit_escrow_count_differs",
     ] {
         gauge!(name).set(0.0);
     }
@@ -122,6 +142,23 @@ pub fn retractions_stopped(stopped: bool) {
 /// Messages were withdrawn.
 pub fn retracted(messages: usize) {
     counter!("relayer_retractions_total").increment(messages as u64);
+}
+
+/// Blocks were read again.
+pub fn audited(blocks: u64, missed: usize, extra: usize) {
+    counter!("relayer_audited_blocks_total").increment(blocks);
+    counter!("relayer_audit_missed_events_total").increment(missed as u64);
+    counter!("relayer_audit_extra_events_total").increment(extra as u64);
+}
+
+/// Whether the factory counts other escrows than the registry has.
+pub fn escrow_count_differs(differs: bool) {
+    gauge!("relayer_audit_escrow_count_differs").set(if differs { 1.0 } else { 0.0 });
+}
+
+/// An escrow counts other events than were relayed.
+pub fn event_count_differs() {
+    counter!("relayer_audit_event_counts_total").increment(1);
 }
 
 /// Entries were pruned.
@@ -168,6 +205,16 @@ pub fn rpc_call(method: &'static str, outcome: &'static str) {
 /// A request to a node took so long.
 pub fn rpc_request_took(time: Duration) {
     histogram!("relayer_rpc_request_seconds").record(time);
+}
+
+/// Whether a provider answers.
+pub fn provider_answers(index: usize, answers: bool) {
+    gauge!("relayer_provider_answers", "provider" => index.to_string()).set(if answers { 1.0 } else { 0.0 });
+}
+
+/// How far a provider is behind the others.
+pub fn provider_lag(index: usize, blocks: u64) {
+    gauge!("relayer_provider_lag_blocks", "provider" => index.to_string()).set(blocks as f64);
 }
 
 /// Which provider is asked.

@@ -32,10 +32,15 @@ fn words(message: &str) -> Refusal<'_> {
 }
 
 #[track_caller]
+/// Without anything told by the configuration.
+fn classify_by_table(refusal: &Refusal, asked: Asked) -> Verdict {
+    classify(refusal, asked, &[])
+}
+
 fn check(rows: &[(&str, i64, u16, Asked, Verdict)]) {
     for (message, code, http_status, asked, verdict) in rows {
         assert_eq!(
-            classify(&refusal(message, *code, *http_status), *asked),
+            classify_by_table(&refusal(message, *code, *http_status), *asked),
             *verdict,
             "{message} ({code}, HTTP {http_status}), asked {asked:?}"
         );
@@ -292,24 +297,45 @@ fn code_and_status_speak_when_the_words_say_nothing_known() {
         http_status: Some(429),
         ..Refusal::default()
     };
-    assert_eq!(classify(&by_status, WIDE), WAIT, "status without a code");
+    assert_eq!(classify_by_table(&by_status, WIDE), WAIT, "status without a code");
+}
+
+#[test]
+fn what_the_configuration_says_of_words_counts_first() {
+    let told = |meaning, says: &str| RefusalText { meaning, says: says.into() };
+    let told = [
+        told(config::Meaning::Cap, "no more than # blocks please"),
+        told(config::Meaning::Wait, "the moon"),
+        told(config::Meaning::Halve, "over rate limit of rows"),
+    ];
+    let table = [
+        ("Sorry: no more than 1,500 blocks please", cap(1500)),
+        ("No more than 9000 blocks please", Verdict::Halve),
+        ("The  moon is in the wrong phase", WAIT),
+        ("over rate limit of rows", Verdict::Halve),
+        ("over rate limit", WAIT),
+        ("nobody told", Verdict::Unknown),
+    ];
+    for (text, expected) in table {
+        assert_eq!(classify(&words(text), WIDE, &told), expected, "{text}");
+    }
 }
 
 #[test]
 fn an_unheard_of_message_is_unknown() {
-    assert_eq!(classify(&words("the moon is in the wrong phase"), WIDE), Verdict::Unknown);
+    assert_eq!(classify_by_table(&words("the moon is in the wrong phase"), WIDE), Verdict::Unknown);
     assert_eq!(
-        classify(&words("{\"oops\":\"the moon\"}"), WIDE),
+        classify_by_table(&words("{\"oops\":\"the moon\"}"), WIDE),
         Verdict::Unknown,
         "whole JSON is an answer"
     );
     assert_eq!(
-        classify(&words("separate limits apply"), WIDE),
+        classify_by_table(&words("separate limits apply"), WIDE),
         Verdict::Unknown,
         "\"rate limit\" is not a part of a word"
     );
     assert_eq!(
-        classify(&words("no. See https://x.example/errors/rate-limits."), WIDE),
+        classify_by_table(&words("no. See https://x.example/errors/rate-limits."), WIDE),
         Verdict::Unknown,
         "nobody said what a URL spells"
     );
@@ -322,13 +348,13 @@ fn the_data_is_read_when_the_message_says_nothing() {
         data: Some(r#"{"error_id":"4ed94073","payload":"range 1000000 is bigger than range limit 2000"}"#),
         ..refusal("invalid params", -32602, 200)
     };
-    assert_eq!(classify(&tenderly, VERY_WIDE), cap(2000));
+    assert_eq!(classify_by_table(&tenderly, VERY_WIDE), cap(2000));
 
     let infura = Refusal {
         data: Some(r#"{"from":"0x5B8D80","limit":10000,"to":"0x5B8DFF"}"#),
         ..refusal("query returned more than 10000 results", -32005, 200)
     };
-    assert_eq!(classify(&infura, WIDE), Verdict::UseRange { from: 6_000_000, to: 0x5b_8dff });
+    assert_eq!(classify_by_table(&infura, WIDE), Verdict::UseRange { from: 6_000_000, to: 0x5b_8dff });
 }
 
 #[test]
@@ -336,7 +362,7 @@ fn a_suggestion_that_makes_no_progress_is_not_followed() {
     let suggest = |from: u64, to: u64| {
         let hex = format!("this block range should work: [{from:#x}, {to:#x}]");
         let dec = format!("query exceeds max results 20000, retry with the range {from}-{to}");
-        let verdicts = [hex, dec].map(|text| classify(&words(&text), WIDE));
+        let verdicts = [hex, dec].map(|text| classify_by_table(&words(&text), WIDE));
         assert_eq!(verdicts[0], verdicts[1], "hex and decimal agree");
         verdicts[0]
     };
@@ -351,7 +377,7 @@ fn a_suggestion_that_makes_no_progress_is_not_followed() {
 
     let echo = "range 6000000-6004999 exceeds max results, retry with the range 6000000-6000509";
     assert_eq!(
-        classify(&words(echo), WIDE),
+        classify_by_table(&words(echo), WIDE),
         Verdict::UseRange { from: 6_000_000, to: 6_000_509 },
         "the request's echo is passed over"
     );
@@ -359,7 +385,7 @@ fn a_suggestion_that_makes_no_progress_is_not_followed() {
 
 #[test]
 fn a_cap_that_makes_no_progress_is_not_followed() {
-    let capped = |blocks: &str| classify(&words(&format!("Max range: {blocks}")), WIDE);
+    let capped = |blocks: &str| classify_by_table(&words(&format!("Max range: {blocks}")), WIDE);
     assert_eq!(capped("4999"), cap(4999));
     assert_eq!(capped("5000"), Verdict::Halve);
     assert_eq!(capped("5,000"), Verdict::Halve);
@@ -367,29 +393,29 @@ fn a_cap_that_makes_no_progress_is_not_followed() {
     assert_eq!(capped("99999999999999999999999"), Verdict::Halve);
 
     let whole_chain = Asked::Range { from: 0, to: u64::MAX, addresses: 1 };
-    assert_eq!(classify(&words("max range: 0xffffffffffffffff"), whole_chain), cap(u64::MAX));
+    assert_eq!(classify_by_table(&words("max range: 0xffffffffffffffff"), whole_chain), cap(u64::MAX));
     // The cap is no help, the suggestion is.
     let both = "up to a 9000 block range, this block range should work: [0x5b8d80, 0x5b8d81]";
-    assert_eq!(classify(&words(both), WIDE), Verdict::UseRange { from: 6_000_000, to: 6_000_001 });
+    assert_eq!(classify_by_table(&words(both), WIDE), Verdict::UseRange { from: 6_000_000, to: 6_000_001 });
 }
 
 #[test]
 fn what_is_too_much_at_one_block_splits_addresses_then_gives_up() {
     for text in ["query returned more than 10000 results", "block range is too wide"] {
-        assert_eq!(classify(&words(text), one_block(2)), Verdict::FewerAddresses);
-        assert_eq!(classify(&words(text), one_block(0)), Verdict::FewerAddresses);
-        assert_eq!(classify(&words(text), one_block(1)), Verdict::Unknown);
+        assert_eq!(classify_by_table(&words(text), one_block(2)), Verdict::FewerAddresses);
+        assert_eq!(classify_by_table(&words(text), one_block(0)), Verdict::FewerAddresses);
+        assert_eq!(classify_by_table(&words(text), one_block(1)), Verdict::Unknown);
     }
-    let by_hash = |addresses| classify(&words("response too large"), Asked::BlockHash { addresses });
+    let by_hash = |addresses| classify_by_table(&words("response too large"), Asked::BlockHash { addresses });
     assert_eq!(by_hash(2), Verdict::FewerAddresses);
     assert_eq!(by_hash(1), Verdict::Unknown);
 
-    let slow = |asked| classify(&words("query timeout exceeded"), asked);
+    let slow = |asked| classify_by_table(&words("query timeout exceeded"), asked);
     assert_eq!(slow(one_block(2)), Verdict::FewerAddresses);
     assert_eq!(slow(one_block(1)), Verdict::Fault);
     assert_eq!(slow(Asked::Header), Verdict::Fault);
 
-    let addresses = |asked| classify(&words("exceed max addresses"), asked);
+    let addresses = |asked| classify_by_table(&words("exceed max addresses"), asked);
     assert_eq!(addresses(one_block(2)), Verdict::FewerAddresses);
     assert_eq!(addresses(WIDE), Verdict::FewerAddresses);
     assert_eq!(addresses(one_block(1)), Verdict::Unknown);
@@ -409,7 +435,7 @@ fn the_bare_limit_is_a_missing_method_only_for_logs_at_no_rate() {
 fn the_wait_is_the_longest_one_named_within_reason() {
     let hint = |text: &str, header: Option<u64>| {
         let refusal = Refusal { retry_after: header.map(Duration::from_secs), ..words(text) };
-        match classify(&refusal, WIDE) {
+        match classify_by_table(&refusal, WIDE) {
             Verdict::Wait { hint } => hint,
             other => panic!("{text}: {other:?}"),
         }
@@ -435,7 +461,7 @@ fn the_wait_is_the_longest_one_named_within_reason() {
         data: Some(r#"{"rate":{"allowed_rps":1,"backoff_seconds":30,"current_rps":1.13}}"#),
         ..words("project ID request rate exceeded")
     };
-    assert_eq!(classify(&infura, WIDE), wait(30 * SECOND));
+    assert_eq!(classify_by_table(&infura, WIDE), wait(30 * SECOND));
 }
 
 #[test]
@@ -564,7 +590,7 @@ proptest! {
         asked in any_asked(),
     ) {
         let refusal = Refusal { message: &message, code, http_status, retry_after, data: data.as_deref() };
-        let verdict = classify(&refusal, asked);
+        let verdict = classify_by_table(&refusal, asked);
         match (verdict, asked) {
             (Verdict::UseRange { from, to }, Asked::Range { from: asked_from, to: asked_to, .. }) => {
                 prop_assert!(from == asked_from && from <= to && to < asked_to);
@@ -587,11 +613,11 @@ proptest! {
     #[test]
     fn a_rate_limit_never_shrinks(before in "[a-z0-9 ]{0,20}", after in any_text(), asked in any_asked()) {
         let text = format!("{before} over rate limit");
-        let is_wait = |text: &str| matches!(classify(&words(text), asked), Verdict::Wait { .. });
+        let is_wait = |text: &str| matches!(classify_by_table(&words(text), asked), Verdict::Wait { .. });
         prop_assert!(is_wait(&text));
         // Only a text about the batch itself comes before a rate limit.
         let both = format!("{text}, {after}");
-        prop_assert!(is_wait(&both) || classify(&words(&both), asked) == Verdict::SmallerBatch);
+        prop_assert!(is_wait(&both) || classify_by_table(&words(&both), asked) == Verdict::SmallerBatch);
     }
 
     #[test]

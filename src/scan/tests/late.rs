@@ -90,7 +90,7 @@ impl Relay {
 }
 
 /// Per escrow the events published and not withdrawn. What is late has no place in the order.
-fn net(entries: &BTreeMap<u64, Entry>) -> BTreeMap<Address, BTreeSet<(u64, B256, u64)>> {
+pub(super) fn net(entries: &BTreeMap<u64, Entry>) -> BTreeMap<Address, BTreeSet<(u64, B256, u64)>> {
     let mut lanes: BTreeMap<Address, BTreeSet<(u64, B256, u64)>> = BTreeMap::new();
     for entry in entries.values() {
         let event = (entry.block_number, entry.block_hash, entry.log_index);

@@ -184,7 +184,12 @@ fn script() -> Script {
             store.accept_late(id, &LateStretch { events, next: 2, ..LateStretch::default() }).map(drop)
         }),
         ("blocks become final", |store| {
-            store.accept(&Stretch { finalized: Some(2), ..stretch(block(2, 2), &[5], &[7, 1]) })?;
+            let finalized = Some(2);
+            store.accept(&Stretch {
+                finalized,
+                unfinal_from: Some(2),
+                ..stretch(block(2, 2), &[5], &[7, 1])
+            })?;
             Ok(())
         }),
         ("final blocks are forgotten", |store| {
@@ -192,6 +197,11 @@ fn script() -> Script {
         }),
         ("the rest acknowledged", |store| claim_all_and_acknowledge(store, |_| true)),
         ("what need not be kept", |store| store.prune(0, 4).map(drop)),
+        ("what the audit found", |store| {
+            let missed = event(escrow(7), block(2, 2), 77, false);
+            let found = LateStretch { events: vec![missed], ..LateStretch::default() };
+            store.accept_audited(crate::event::BlockRange::new(2, 2).unwrap(), &found).map(drop)
+        }),
     ]
 }
 
@@ -216,6 +226,13 @@ fn rows(store: &Store) -> BTreeMap<String, Vec<String>> {
     let runs =
         acknowledged.iter().unwrap().map(|run| run.map(|(from, to)| (from.value(), to.value())).unwrap());
     put("acknowledged", runs.map(|run| format!("{run:?}")).collect());
+    let unaudited = read.open_table(schema::UNAUDITED).unwrap();
+    let runs = unaudited.iter().unwrap().map(|run| run.map(|(from, to)| (from.value(), to.value())).unwrap());
+    put("unaudited", runs.map(|run| format!("{run:?}")).collect());
+    let digests = read.open_table(DIGESTS).unwrap();
+    let rows =
+        digests.iter().unwrap().map(|row| row.map(|(key, digest)| (key.value(), digest.value())).unwrap());
+    put("digests", rows.map(|row| format!("{row:?}")).collect());
     put("watermark", vec![store.watermark().unwrap().to_string()]);
     put("progress", vec![format!("{:?}", lock(&store.progress))]);
     put("late_reads", vec![format!("{:?}", late::load(&store.db).unwrap())]);
@@ -243,6 +260,22 @@ fn assert_sound(store: &Store) {
             assert_eq!(row.last_sequence, last.get(&address).copied().unwrap_or(0), "{address}");
         }
         assert_eq!(store.registry().contains(&address), row.state == EscrowState::Active, "{address}");
+    }
+    if whole {
+        let mut standing: BTreeSet<(u64, u64)> = BTreeSet::new();
+        for row in log.iter().unwrap() {
+            let entry: Entry = decode("event_log", row.unwrap().1.value()).unwrap();
+            let key = (entry.block_number, entry.log_index);
+            match entry.kind {
+                Kind::Event => assert!(standing.insert(key), "{key:?} twice"),
+                Kind::Retraction { .. } => {
+                    assert!(standing.remove(&key), "{key:?} withdrawn, and never there")
+                }
+            }
+        }
+        let digests = read.open_table(DIGESTS).unwrap();
+        let keys: BTreeSet<(u64, u64)> = digests.iter().unwrap().map(|row| row.unwrap().0.value()).collect();
+        assert_eq!(keys, standing, "a digest for each event that stands");
     }
     assert!(store.watermark().unwrap() <= next_position);
     assert_eq!(store.waiting() as usize, waiting(store).len(), "what waits is what is handed out");
@@ -347,7 +380,11 @@ fn a_damaged_file_is_opened_or_refused_but_nothing_worse() {
             Ok(Ok(_)) => {}
             Ok(Err(error)) => {
                 assert!(
-                    matches!(error, StoreError::Damaged { .. } | StoreError::Io(_)),
+                    // What was damaged may be the name of what it belongs to.
+                    matches!(
+                        error,
+                        StoreError::Damaged { .. } | StoreError::Io(_) | StoreError::OtherIdentity { .. }
+                    ),
                     "round {round}: {error}"
                 );
                 refused += 1;

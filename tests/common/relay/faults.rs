@@ -37,6 +37,8 @@ pub enum Fault {
     Behind(u64),
     /// Such a node answers every second call, another the rest.
     SomeBehind(u64),
+    /// The node answers, and nobody hears of these logs.
+    LeaveOut(fn(&Value) -> bool),
 }
 
 /// Who answers behind the server.
@@ -134,6 +136,7 @@ async fn serve(stream: TcpStream, shared: Arc<Shared>) -> Option<()> {
             Fault::Pass => shared.ask(&asked).await?.to_string(),
             Fault::Behind(blocks) => shared.ask_one_behind(&asked, calls, blocks, 1).await?.to_string(),
             Fault::SomeBehind(blocks) => shared.ask_one_behind(&asked, calls, blocks, 2).await?.to_string(),
+            Fault::LeaveOut(which) => without(shared.ask(&asked).await?, which).to_string(),
             Fault::Truncated => {
                 cut = true;
                 shared.ask(&asked).await?.to_string()
@@ -244,6 +247,20 @@ impl Shared {
         }
         Some(None)
     }
+}
+
+/// The answers without these logs.
+fn without(mut answers: Value, which: fn(&Value) -> bool) -> Value {
+    let answered = match &mut answers {
+        Value::Array(answers) => answers.iter_mut().collect(),
+        answer => vec![answer],
+    };
+    for answer in answered {
+        if let Value::Array(logs) = &mut answer["result"] {
+            logs.retain(|log| !which(log));
+        }
+    }
+    answers
 }
 
 /// In the form of the request: one answer, or many.

@@ -1,0 +1,475 @@
+//! Reading again, once it cannot change any more, what was read before: another way, of another provider where there is
+//! one, beside everything else and with a budget of its own.
+//!
+//! Blocks read while they could leave the chain were read by hash: they are read again by range, all of them. Of the
+//! others, read by range, some are drawn and read again by hash. What a node left out without a word (pruned receipts, an
+//! index with holes) is then published as late; but only after it was seen twice.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::num::NonZeroU32;
+use std::sync::Arc;
+use std::time::Duration;
+
+use alloy::primitives::{Address, B256, U256};
+use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
+use tokio::time::Instant;
+use tracing::{debug, error, info, warn};
+
+use super::read::{Harvest, log_calls, quarantined, say_found, whole};
+use super::{Answer, BlockTag, Call, Chain, LogFilter, Span, Step, Trouble};
+use crate::config::{Config, CountCall};
+use crate::event::{BlockRange, BlockRef, Decoded, Header, Log, Recognised, Role, Signatures, digest};
+use crate::store::{Escrow, EscrowState, LateStretch, Quarantined, Store, StoreError, on_disk};
+use crate::telemetry::metrics;
+
+/// Between attempts while no provider answers.
+const UNANSWERED: Duration = Duration::from_secs(30);
+/// Calls of one sample: the header that says it is our chain, the block's header, its logs.
+const SAMPLE_CALLS: u32 = 3;
+/// Escrows whose own counts are compared at a time.
+const COUNTED_ESCROWS: usize = 5;
+
+/// Audits one stretch of blocks at a time.
+pub struct Auditor<C> {
+    chain: Arc<C>,
+    store: Arc<Store>,
+    signatures: Arc<Signatures>,
+    config: Config,
+    topics: Arc<[B256]>,
+    budget: DefaultDirectRateLimiter,
+    calls_per_hour: NonZeroU32,
+    /// Blocks to ask for at once.
+    blocks: u64,
+    /// Addresses in a filter; beyond it none are named.
+    addresses: usize,
+    sample_at: Instant,
+    count_at: Instant,
+    dice: u64,
+    pub(super) said: Said,
+}
+
+/// What was said already.
+#[derive(Debug, Default)]
+pub(super) struct Said {
+    unanswered: bool,
+    /// That the factory counts otherwise.
+    pub escrows: bool,
+    /// Escrows that count otherwise.
+    pub counts: BTreeSet<Address>,
+}
+
+/// What the logs of some blocks say.
+#[derive(Default)]
+struct Found<'a> {
+    /// Events by block and log index, with what they say.
+    events: BTreeMap<(u64, u64), (Log, Decoded<'a>)>,
+    malformed: Vec<Quarantined>,
+    /// Escrows that are not registered, and the block that announced each.
+    announced: BTreeMap<Address, BlockRef>,
+    /// Escrows registered from a later block only.
+    announced_earlier: BTreeMap<Address, BlockRef>,
+}
+
+impl<C: Chain> Auditor<C> {
+    /// `None`: the configuration wants no audit.
+    pub fn new(
+        chain: Arc<C>,
+        store: Arc<Store>,
+        signatures: Arc<Signatures>,
+        config: &Config,
+    ) -> Option<Self> {
+        let calls_per_hour = NonZeroU32::new(config.audit.calls_per_hour)?;
+        let now = Instant::now();
+        Some(Self {
+            chain,
+            topics: signatures.topics().into(),
+            dice: store.epoch() ^ store.next_block(),
+            store,
+            signatures,
+            budget: RateLimiter::direct(Quota::per_hour(calls_per_hour)),
+            calls_per_hour,
+            blocks: config.rpc.max_range.get(),
+            addresses: config.rpc.max_addresses.get(),
+            config: config.clone(),
+            sample_at: now,
+            count_at: now,
+            said: Said::default(),
+        })
+    }
+
+    /// Audits what comes next. `Idle`: nothing is due.
+    pub async fn step(&mut self) -> Result<Step, StoreError> {
+        match self.try_step().await {
+            Ok(step) => Ok(step),
+            Err(Trouble::Store(error)) => Err(error),
+            Err(Trouble::Refused { refused, blocks }) => Ok(self.put_off(&refused.to_string(), blocks)),
+            Err(Trouble::Disagreement(what)) => Ok(self.put_off(&what, 0)),
+        }
+    }
+
+    /// Asked for less next time, where it may have been too much.
+    fn put_off(&mut self, why: &str, blocks: u64) -> Step {
+        debug!(%why, blocks, "Nothing was audited");
+        if blocks > 1 {
+            self.blocks = blocks / 2;
+            return Step::Progress;
+        }
+        if blocks == 1 && self.addresses > 1 {
+            self.addresses /= 2;
+        }
+        if !std::mem::replace(&mut self.said.unanswered, true) {
+            info!(reason = %why, "The audit waits: no provider answers it");
+        }
+        Step::Wait(UNANSWERED)
+    }
+
+    async fn try_step(&mut self) -> Result<Step, Trouble> {
+        // What is still being read is not missed.
+        let (Some(finalized), None) = (self.store.finalized(), self.store.late_read()) else {
+            return Ok(Step::Idle);
+        };
+        let most = self.blocks;
+        if let Some(range) = on_disk(&self.store, move |store| store.unaudited(most)).await? {
+            self.audit_range(range).await?;
+            return Ok(Step::Progress);
+        }
+        let now = Instant::now();
+        if self.count_at <= now {
+            self.count_at = now + self.config.audit.count_interval;
+            self.count(finalized).await?;
+            return Ok(Step::Progress);
+        }
+        if self.sample_at <= now {
+            // Half of the budget is left for what has to be audited.
+            self.sample_at = now + Duration::from_secs(3600) * (2 * SAMPLE_CALLS) / self.calls_per_hour.get();
+            return self.sample(finalized).await;
+        }
+        Ok(Step::Idle)
+    }
+
+    /// Blocks read by hash before, by range now.
+    async fn audit_range(&mut self, range: BlockRange) -> Result<(), Trouble> {
+        let mut calls = vec![Call::Header(BlockTag::Number(range.to()))];
+        calls.extend(self.log_calls(Span::Range(range)));
+        let mut answers = self.ask_our_chain(calls, range.blocks()).await?;
+        let end = whole(range, answers.remove(0).header())?;
+        let mut harvest = Harvest::default();
+        for logs in answers {
+            harvest.gather(logs.logs(), range, &end)?;
+        }
+        self.compare(range, harvest).await
+    }
+
+    /// A block drawn by lot, by hash.
+    async fn sample(&mut self, finalized: u64) -> Result<Step, Trouble> {
+        let from = on_disk(&self.store, |store| store.comparable_from()).await?;
+        let Some(final_blocks) = BlockRange::new(from, finalized) else {
+            return Ok(Step::Idle);
+        };
+        let number = from + self.roll(final_blocks.blocks());
+        let asked = vec![Call::Header(BlockTag::Number(number))];
+        let header = self.ask_our_chain(asked, 0).await?.remove(0).header();
+        let block = BlockRange::new(number, number).expect("one block");
+        let header = whole(block, header)?;
+        let mut harvest = Harvest::default();
+        let calls = self.log_calls(Span::Block(header.block.hash));
+        for logs in self.ask(calls, 1).await? {
+            harvest.gather(logs.logs(), block, &header)?;
+        }
+        self.compare(block, harvest).await?;
+        Ok(Step::Progress)
+    }
+
+    /// Numbers that look random, from Numerical Recipes: a lot, not a secret.
+    fn roll(&mut self, bound: u64) -> u64 {
+        self.dice = self.dice.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.dice >> 33) % bound
+    }
+
+    /// One filter with the factory and the escrows, or without addresses where these are too many.
+    fn log_calls(&self, span: Span) -> Vec<Call> {
+        let watched = self.store.registry().watched();
+        if watched.len() < self.addresses {
+            let all = [self.config.factory.address].into_iter().chain(watched.iter().copied());
+            return log_calls(span, &all.collect::<Vec<_>>(), self.addresses, &self.topics);
+        }
+        vec![Call::Logs(LogFilter { span, addresses: Vec::new(), topics: Arc::clone(&self.topics) })]
+    }
+
+    async fn compare(&mut self, range: BlockRange, harvest: Harvest) -> Result<(), Trouble> {
+        let signatures = Arc::clone(&self.signatures);
+        let found = self.recognise(&signatures, harvest).await?;
+        let seen: Vec<((u64, u64), u64)> =
+            found.events.iter().map(|(key, (log, _))| (*key, digest(log))).collect();
+        let malformed = found.malformed.iter().map(|log| (log.block.0, log.log_index)).collect();
+        let comparison = on_disk(&self.store, move |store| store.compare(range, &seen, malformed)).await?;
+        let missed: Vec<&(Log, Decoded<'_>)> =
+            comparison.missed.iter().map(|key| &found.events[key]).collect();
+        let times = self.confirm(missed.iter().map(|(log, _)| log)).await?;
+        let mut late = LateStretch::default();
+        for (log, decoded) in missed {
+            late.events.push(decoded.event(self.config.chain.id, log, times[&log.block.number]));
+        }
+        late.events.sort_by_key(|event| event.order());
+        late.announced = found.announced.into_iter().collect();
+        late.announced_earlier = found.announced_earlier.into_iter().collect();
+        let blocks = late.announced.iter().chain(&late.announced_earlier).map(|(_, block)| block.number);
+        late.next = blocks.min().unwrap_or(0);
+        late.quarantined = found
+            .malformed
+            .into_iter()
+            .filter(|it| comparison.odd.contains(&(it.block.0, it.log_index)))
+            .collect();
+        let late = Arc::new(late);
+        let stored = Arc::clone(&late);
+        let missed = on_disk(&self.store, move |store| store.accept_audited(range, &stored)).await?;
+        if std::mem::take(&mut self.said.unanswered) {
+            info!("The audit goes on");
+        }
+        metrics::audited(range.blocks(), missed, comparison.extra.len());
+        say_found(&late.announced, &late.quarantined);
+        say(range, missed, &comparison.extra, comparison.renumbered);
+        Ok(())
+    }
+
+    /// Which of the logs are events, by the same rule as the first time: a log of an escrow counts from the block on that
+    /// announced it.
+    async fn recognise<'a>(
+        &self,
+        signatures: &'a Signatures,
+        harvest: Harvest,
+    ) -> Result<Found<'a>, Trouble> {
+        let factory = self.config.factory.address;
+        let announcement = |log: &Log| match log.address == factory {
+            true => signatures.recognise(Role::Announcement, log),
+            false => Recognised::Unknown,
+        };
+        let mut addresses: BTreeSet<Address> = harvest.logs.values().map(|log| log.address).collect();
+        for log in harvest.logs.values() {
+            if let Recognised::Known(decoded) = announcement(log) {
+                addresses.insert(decoded.escrow(log));
+            }
+        }
+        let (rows, counted_from) = on_disk(&self.store, move |store| {
+            let addresses: Vec<Address> = addresses.into_iter().collect();
+            Ok((store.escrows_of(&addresses)?, store.signatures_from()?))
+        })
+        .await?;
+        let mut found = Found::default();
+        for (key, log) in harvest.logs {
+            let recognised = match announcement(&log) {
+                Recognised::Unknown if counts(&rows, &log) => signatures.recognise(Role::Lifecycle, &log),
+                other => other,
+            };
+            match recognised {
+                Recognised::Unknown => {}
+                Recognised::Malformed(reason) => found.malformed.push(quarantined(&log, reason)),
+                Recognised::Known(decoded)
+                    if counted_from.get(decoded.signature()).is_some_and(|from| log.block.number < *from) => {
+                }
+                Recognised::Known(decoded) => {
+                    found.note_announcement(&rows, &decoded, &log, log.address == factory);
+                    found.events.insert(key, (log, decoded));
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    /// Sees these logs once more, by the hash of their block, and returns the blocks' times.
+    async fn confirm<'a>(&self, logs: impl Iterator<Item = &'a Log>) -> Result<HashMap<u64, u64>, Trouble> {
+        let mut blocks: BTreeMap<BlockKey, Vec<&Log>> = BTreeMap::new();
+        logs.for_each(|log| blocks.entry((log.block.number, log.block.hash)).or_default().push(log));
+        let mut times = HashMap::new();
+        for ((number, hash), logs) in blocks {
+            let addresses: BTreeSet<Address> = logs.iter().map(|log| log.address).collect();
+            let addresses: Vec<Address> = addresses.into_iter().collect();
+            let mut calls = vec![Call::Header(BlockTag::Number(number))];
+            calls.extend(log_calls(Span::Block(hash), &addresses, self.addresses, &self.topics));
+            let mut answers = self.ask(calls, 0).await?;
+            let header =
+                answers.remove(0).header().filter(|header| header.block == BlockRef { number, hash });
+            let again: Vec<Log> = answers.into_iter().flat_map(Answer::logs).collect();
+            let stands = |log: &&Log| {
+                again.iter().any(|it| it.log_index == log.log_index && digest(it) == digest(log))
+            };
+            match header {
+                Some(header) if logs.iter().all(stands) => times.insert(number, header.timestamp),
+                _ => return Err(Trouble::Disagreement(format!("block {number} is told in two ways"))),
+            };
+        }
+        Ok(times)
+    }
+
+    /// Asks another provider where there is one, once. `blocks`: how many blocks' logs are asked for.
+    async fn ask(&self, calls: Vec<Call>, blocks: u64) -> Result<Vec<Answer>, Trouble> {
+        let count = u32::try_from(calls.len()).unwrap_or(u32::MAX).min(self.calls_per_hour.get());
+        if let Some(count) = NonZeroU32::new(count) {
+            self.budget.until_n_ready(count).await.expect("no more than an hour's calls");
+        }
+        let answered = match self.chain.ask_another(calls.clone()).await {
+            Some(answered) => answered,
+            None => self.chain.ask_once(calls).await,
+        };
+        answered.map_err(|refused| Trouble::Refused { refused, blocks })
+    }
+
+    /// The same, and thrown away unless the answering provider has the newest block that we know to be final.
+    async fn ask_our_chain(&self, mut calls: Vec<Call>, blocks: u64) -> Result<Vec<Answer>, Trouble> {
+        let known = on_disk(&self.store, |store| store.newest_final_block()).await?;
+        calls.extend(known.map(|block| Call::Header(BlockTag::Number(block.number))));
+        let mut answers = self.ask(calls, blocks).await?;
+        if let Some(known) = known {
+            let header: Option<Header> = answers.pop().expect("an answer for each call").header();
+            if header.is_none_or(|header| header.block != known) {
+                return Err(Trouble::Disagreement(format!("block {} is another one there", known.number)));
+            }
+        }
+        Ok(answers)
+    }
+
+    /// Compares the registry and some escrows' events with the contracts' own counts at a final block.
+    async fn count(&mut self, at: u64) -> Result<(), Trouble> {
+        if let Some(function) = &self.config.factory.count_call {
+            let selector = function.selector();
+            let told = self.read(self.config.factory.address, &[selector], at).await?.remove(0);
+            let known = on_disk(&self.store, move |store| store.registered_upto(at)).await?;
+            self.say_escrows(at, known, told);
+        }
+        let functions = self.config.escrow.count_calls.clone();
+        if functions.is_empty() {
+            return Ok(());
+        }
+        let escrows = self.draw_escrows();
+        let known = on_disk(&self.store, move |store| store.events_upto(&escrows, at)).await?;
+        let selectors: Vec<[u8; 4]> = functions.iter().map(|it| it.function.selector().0).collect();
+        for (escrow, events) in known {
+            let told =
+                self.read(escrow, &selectors.iter().map(|it| (*it).into()).collect::<Vec<_>>(), at).await?;
+            self.say_counts(at, escrow, &functions, &events, &told);
+        }
+        Ok(())
+    }
+
+    fn draw_escrows(&mut self) -> BTreeSet<Address> {
+        let watched = self.store.registry().watched();
+        match watched.len() as u64 {
+            0 => BTreeSet::new(),
+            count => (0..COUNTED_ESCROWS).map(|_| watched[self.roll(count) as usize]).collect(),
+        }
+    }
+
+    /// What these functions without arguments return.
+    async fn read(
+        &self,
+        contract: Address,
+        selectors: &[alloy::primitives::FixedBytes<4>],
+        at: u64,
+    ) -> Result<Vec<U256>, Trouble> {
+        let calls =
+            selectors.iter().map(|selector| Call::Read { contract, selector: *selector, at }).collect();
+        let outputs = self.ask(calls, 0).await?.into_iter().map(Answer::output);
+        let numbers = outputs.map(|output| output.get(..32).map(U256::from_be_slice));
+        numbers
+            .collect::<Option<_>>()
+            .ok_or_else(|| Trouble::Disagreement(format!("a count_call of {contract:#x} returned no number")))
+    }
+
+    fn say_escrows(&mut self, at: u64, known: u64, told: U256) {
+        let differs = U256::from(known) != told;
+        metrics::escrow_count_differs(differs);
+        let said = std::mem::replace(&mut self.said.escrows, differs);
+        if differs && !said {
+            error!(
+                block = at, known, told = %told,
+                "The factory counts {told} escrows at block {at}, the registry has {known}: chain.start_block is too late, \
+                 factory.events lacks a signature, or a provider left out logs. Read again with another one"
+            );
+        } else if said && !differs {
+            info!(block = at, known, "The factory and the registry count the same again");
+        }
+    }
+
+    fn say_counts(
+        &mut self,
+        at: u64,
+        escrow: Address,
+        functions: &[CountCall],
+        events: &BTreeMap<String, u64>,
+        told: &[U256],
+    ) {
+        for (CountCall { event, .. }, told) in functions.iter().zip(told) {
+            let known = events.get(event).copied().unwrap_or(0);
+            if U256::from(known) == *told || !self.said.counts.insert(escrow) {
+                continue;
+            }
+            metrics::event_count_differs();
+            error!(
+                escrow = %format_args!("{escrow:#x}"), block = at, %event, known, told = %told,
+                "Escrow {escrow:#x} counts {told} {event} at block {at}, {known} were relayed: a provider left out logs, or \
+                 escrow.events lacks a signature"
+            );
+        }
+    }
+}
+
+type BlockKey = (u64, B256);
+
+impl Found<'_> {
+    fn note_announcement(
+        &mut self,
+        rows: &HashMap<Address, Escrow>,
+        decoded: &Decoded<'_>,
+        log: &Log,
+        by_factory: bool,
+    ) {
+        if !by_factory || !decoded.announces() {
+            return;
+        }
+        let escrow = decoded.escrow(log);
+        match rows.get(&escrow).filter(|row| row.state != EscrowState::Withdrawn) {
+            None => drop(self.announced.entry(escrow).or_insert(log.block)),
+            // Of one that was imported, whoever did it said from where on it counts.
+            Some(row) if log.block.number < row.announced.0 && !row.is_imported() => {
+                self.announced_earlier.entry(escrow).or_insert(log.block);
+            }
+            Some(_) => {}
+        }
+    }
+}
+
+fn counts(rows: &HashMap<Address, Escrow>, log: &Log) -> bool {
+    let row = rows.get(&log.address);
+    row.is_some_and(|it| it.state == EscrowState::Active && log.block.number >= it.announced.0)
+}
+
+fn say(range: BlockRange, missed: usize, extra: &[(u64, u64)], renumbered: usize) {
+    let (from, to) = (range.from(), range.to());
+    debug!(from, to, missed, extra = extra.len(), renumbered, "Audited blocks {from} to {to}");
+    if missed > 0 {
+        error!(
+            from,
+            to,
+            missed,
+            "The audit found {missed} events in blocks {from}-{to} that no provider had told of: they are published as late"
+        );
+    }
+    if let Some((block, log_index)) = extra.first() {
+        warn!(
+            from,
+            to,
+            extra = extra.len(),
+            block,
+            log_index,
+            "Read again, blocks {from}-{to} lack {} events that were relayed, the first in block {block}: the provider asked \
+             now leaves out logs, or the one asked then told of what is not there",
+            extra.len()
+        );
+    }
+    if renumbered > 0 {
+        warn!(
+            from,
+            to, renumbered, "Read again, {renumbered} events in blocks {from}-{to} have another log index"
+        );
+    }
+}

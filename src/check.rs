@@ -290,7 +290,7 @@ async fn check_addresses(config: &Config, rpc: &Rpc, provider: usize, head: Head
 fn filter(config: &Config, span: Span, addresses: Vec<Address>) -> LogFilter {
     let topics: Vec<_> =
         config.factory.events.iter().chain(&config.escrow.events).map(|event| event.selector()).collect();
-    LogFilter { span, addresses, topics: Arc::from(topics) }
+    LogFilter { span, addresses: addresses.into(), topics: Arc::from(topics) }
 }
 
 async fn try_logs(rpc: &Rpc, provider: usize, filter: LogFilter) -> Result<(), String> {

@@ -113,6 +113,8 @@ pub struct Escrow {
     pub events: Vec<Event>,
     /// Names from `events` after which nothing more is expected of an escrow; may be empty.
     pub terminal: Vec<String>,
+    /// Final blocks after its end after which an escrow is not asked for any more.
+    pub archive_after: u64,
     /// Functions of theirs that count events; may be empty.
     pub count_calls: Vec<CountCall>,
 }
@@ -141,12 +143,25 @@ pub struct Rpc {
     pub max_range: NonZeroU64,
     /// Addresses in one `eth_getLogs`.
     pub max_addresses: NonZeroUsize,
+    /// How escrows' logs are asked for.
+    pub filter: Filter,
     /// Calls in one JSON-RPC batch.
     pub max_batch: NonZeroUsize,
     /// The time one request may take; more than 0.
     pub timeout: Duration,
     /// What words of theirs mean, before what is known of itself; may be empty.
     pub refusals: Vec<RefusalText>,
+}
+
+/// How escrows' logs are asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Filter {
+    /// The cheaper way, as measured.
+    Auto,
+    /// By the addresses.
+    Addresses,
+    /// By the topics alone.
+    Topics,
 }
 
 /// What words in a provider's refusal mean.
@@ -400,6 +415,7 @@ fn contracts(reader: &mut Reader) -> Option<(Factory, Escrow)> {
     let child = reader.required(&keys::FACTORY_CHILD);
     let escrow_events = reader.required(&keys::ESCROW_EVENTS);
     let terminal = reader.required(&keys::ESCROW_TERMINAL);
+    let archive_after = reader.required(&keys::ESCROW_ARCHIVE_AFTER);
     let count_call = reader.optional(&keys::FACTORY_COUNT_CALL);
     let count_calls = reader.required(&keys::ESCROW_COUNT_CALLS);
 
@@ -418,7 +434,12 @@ fn contracts(reader: &mut Reader) -> Option<(Factory, Escrow)> {
 
     let factory =
         Factory { address: address?, events: factory_events?, child: child?, count_call: count_call? };
-    let escrow = Escrow { events: escrow_events?, terminal: terminal?, count_calls: count_calls? };
+    let escrow = Escrow {
+        events: escrow_events?,
+        terminal: terminal?,
+        archive_after: archive_after?,
+        count_calls: count_calls?,
+    };
     Some((factory, escrow))
 }
 
@@ -473,6 +494,7 @@ fn rpc(reader: &mut Reader) -> Option<Rpc> {
     let max_concurrent = reader.required(&keys::RPC_MAX_CONCURRENT);
     let max_range = reader.required(&keys::RPC_MAX_RANGE);
     let max_addresses = reader.required(&keys::RPC_MAX_ADDRESSES);
+    let filter = reader.required(&keys::RPC_FILTER);
     let max_batch = reader.required(&keys::RPC_MAX_BATCH);
     let timeout = reader.required(&keys::RPC_TIMEOUT);
     let refusals = reader.required(&keys::RPC_REFUSALS);
@@ -483,6 +505,7 @@ fn rpc(reader: &mut Reader) -> Option<Rpc> {
         max_concurrent: max_concurrent?,
         max_range: max_range?,
         max_addresses: max_addresses?,
+        filter: filter?,
         max_batch: max_batch?,
         timeout: timeout?,
         refusals: refusals?,

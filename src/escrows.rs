@@ -72,6 +72,7 @@ fn state(escrow: &Escrow) -> &'static str {
         EscrowState::Active => "active",
         EscrowState::Withdrawn => "withdrawn",
         EscrowState::Joining { .. } => "joining",
+        EscrowState::Archived => "archived",
     }
 }
 

@@ -3,6 +3,7 @@
 //! A [`Log`] is what the node answered. [`Signatures`] turns it into an [`Event`]: decoded once, encoded once,
 //! lacking only its sequence number, which the store assigns in the commit.
 
+mod addresses;
 mod message;
 mod signature;
 #[cfg(test)]
@@ -12,6 +13,7 @@ use std::fmt;
 
 use alloy::primitives::{Address, B256, Bytes};
 
+pub use addresses::Addresses;
 pub use message::digest;
 pub use message::{Attributes, Body, Retraction, SCHEMA_VERSION, event_id, retraction_id};
 pub use signature::{Decoded, Recognised, Role, SignatureError, Signatures};

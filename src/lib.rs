@@ -37,13 +37,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use thiserror::Error;
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 use tracing::{info, warn};
 
 use config::{Config, SinkKind};
-use event::Signatures;
+use event::{Header, Signatures};
 use publish::{PublishError, Publisher, Sink};
 use pubsub::ConfiguredSink;
 use rpc::Rpc;
@@ -171,19 +173,22 @@ impl Relay {
         }
         metrics::stored(self.store.cursor().map(|cursor| cursor.number), escrows, self.store.waiting());
         // Ends with the run, whatever it is at.
-        let _sampling = AbortOnDrop(tokio::spawn(sample::watch(
+        let _sampling = AbortOnDropHandle::new(tokio::spawn(sample::watch(
             self.config.clone(),
             Arc::clone(&self.rpc),
             Arc::clone(&self.store),
             Arc::clone(&self.signatures),
         )));
-        let _pruning =
-            AbortOnDrop(tokio::spawn(prune(Arc::clone(&self.store), self.config.ledger.retention)));
-        let _watching = AbortOnDrop(tokio::spawn(rpc::watch(Arc::clone(&self.rpc))));
+        let _pruning = AbortOnDropHandle::new(tokio::spawn(prune(
+            Arc::clone(&self.store),
+            self.config.ledger.retention,
+        )));
+        let _following = AbortOnDropHandle::new(tokio::spawn(rpc::follow_heads(Arc::clone(&self.rpc))));
+        let _watching = AbortOnDropHandle::new(tokio::spawn(rpc::watch(Arc::clone(&self.rpc))));
         let (chain, store, signatures) =
             (Arc::clone(&self.rpc), Arc::clone(&self.store), Arc::clone(&self.signatures));
         let auditor = Auditor::new(chain, store, signatures, &self.config);
-        let _auditing = auditor.map(|auditor| AbortOnDrop(tokio::spawn(audit(auditor))));
+        let _auditing = auditor.map(|auditor| AbortOnDropHandle::new(tokio::spawn(audit(auditor))));
         // Either side's end, good or bad, must reach the other.
         let stop = stop.child_token();
         let read = CancellationToken::new();
@@ -244,14 +249,6 @@ pub fn identity(config: &Config, signatures: &Signatures) -> Identity {
     }
 }
 
-struct AbortOnDrop<T>(JoinHandle<T>);
-
-impl<T> Drop for AbortOnDrop<T> {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
-}
-
 async fn joined<T>(task: JoinHandle<T>) -> T {
     match task.await {
         Ok(result) => result,
@@ -268,6 +265,7 @@ async fn scan_loop(
     stop: CancellationToken,
     read: CancellationToken,
 ) -> Result<(), RelayError> {
+    let mut heads = scanner.heads();
     let scanned = async {
         let mut busy = 0;
         loop {
@@ -287,9 +285,10 @@ async fn scan_loop(
                 }
                 scan::Step::Done => break,
             };
-            read_late(&mut scanner, &store, max_waiting, Some(Instant::now() + pause)).await?;
+            let deadline = Some(Instant::now() + pause);
+            read_late(&mut scanner, &store, max_waiting, deadline, &mut heads).await?;
         }
-        read_late(&mut scanner, &store, max_waiting, None).await
+        read_late(&mut scanner, &store, max_waiting, None, &mut None).await
     };
     let result = tokio::select! {
         biased;
@@ -303,12 +302,31 @@ async fn scan_loop(
     result
 }
 
-/// Reads late what has to be read late: one step at least, until `deadline`; or to its end. Then sleeps until `deadline`.
+type Heads = Option<watch::Receiver<Option<Header>>>;
+
+/// Sleeps until `deadline`, or until a head is announced: whether one was.
+async fn sleep_until(deadline: Instant, heads: &mut Heads) -> bool {
+    let announced = async {
+        match heads {
+            // Its sender lives as long as the scanner's chain.
+            Some(heads) => drop(heads.changed().await),
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        () = tokio::time::sleep_until(deadline) => false,
+        () = announced => true,
+    }
+}
+
+/// Reads late what has to be read late: one step at least, until `deadline` or an announced head; or to its end. Then
+/// sleeps until `deadline`, or until a head is announced.
 async fn read_late(
     scanner: &mut Scanner<Rpc>,
     store: &Store,
     max_waiting: u64,
     deadline: Option<Instant>,
+    heads: &mut Heads,
 ) -> Result<(), RelayError> {
     loop {
         let pause = match scanner.step_late().await? {
@@ -320,13 +338,15 @@ async fn read_late(
             scan::Step::Idle | scan::Step::Done => break,
         };
         let next = Instant::now() + pause;
-        tokio::time::sleep_until(deadline.map_or(next, |deadline| deadline.min(next))).await;
-        if deadline.is_some_and(|deadline| deadline <= next) {
+        let announced = sleep_until(deadline.map_or(next, |deadline| deadline.min(next)), heads).await;
+        if announced || deadline.is_some_and(|deadline| deadline <= next) {
             return Ok(());
         }
     }
     match deadline {
-        Some(deadline) => tokio::time::sleep_until(deadline).await,
+        Some(deadline) => {
+            sleep_until(deadline, heads).await;
+        }
         None if store.late_read().is_some() => warn!(
             "History that has to be read once more waits for the first block to be accepted: the next run reads it"
         ),

@@ -3,12 +3,15 @@
 //! Faults and rate limits end here: one that begins is said once, and so is its end. In an outage one attempt at
 //! a time is made, with growing, jittered pauses. What passes upwards changes the plan: see [`Refused`].
 
+mod heads;
 mod health;
 #[cfg(test)]
 mod tests;
 mod transport;
 pub mod verdict;
 mod wire;
+
+pub use heads::follow_heads;
 
 use std::collections::HashSet;
 use std::num::NonZeroU32;
@@ -20,12 +23,12 @@ use alloy::rpc::json_rpc::{Id, RequestPacket, Response, ResponsePacket, Response
 use futures_util::future::{join_all, try_join_all};
 use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
 use serde_json::value::RawValue;
-use tokio::sync::Semaphore;
+use tokio::sync::{Notify, Semaphore, watch};
 use tokio::time::Instant;
 use tracing::{debug, error, warn};
 
 use crate::config::{self, RefusalText, SecretUrl};
-use crate::event::BlockRange;
+use crate::event::{BlockRange, Header};
 use crate::scan::{Answer, BlockTag, Call, Chain, Refused};
 use crate::telemetry::metrics;
 use health::Health;
@@ -58,6 +61,9 @@ pub struct Rpc {
     requests: Semaphore,
     max_batch: usize,
     health: Health,
+    heads: watch::Sender<Option<Header>>,
+    /// Told when the subscription seems to be dead.
+    resubscribe: Notify,
     /// What the configuration says of refusals.
     told: Vec<RefusalText>,
     /// The id of the next request.
@@ -143,6 +149,8 @@ impl Rpc {
             requests: Semaphore::new(config.max_concurrent.get()),
             max_batch: config.max_batch.get(),
             health: Health::new(&config.urls),
+            heads: watch::Sender::new(None),
+            resubscribe: Notify::new(),
             told: config.refusals.clone(),
             next_id: AtomicU64::new(1),
             never_seen: Mutex::default(),
@@ -485,6 +493,14 @@ impl Chain for Rpc {
 
     async fn ask_once(&self, calls: Vec<Call>) -> Result<Vec<Answer>, Refused> {
         self.ask_provider(self.provider_in_use(), &calls).await
+    }
+
+    fn heads(&self) -> Option<watch::Receiver<Option<Header>>> {
+        self.announcer().map(|_| self.heads.subscribe())
+    }
+
+    fn heads_are_missing(&self) {
+        self.resubscribe.notify_one();
     }
 
     fn turn_away(&self) {

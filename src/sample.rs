@@ -96,8 +96,11 @@ pub async fn logs_of(
     for _ in 0..ATTEMPTS {
         let from = range.to().saturating_sub(blocks.saturating_sub(1)).max(range.from());
         let part = BlockRange::new(from, range.to()).expect("the end of a range");
-        let filter =
-            LogFilter { span: Span::Range(part), addresses: addresses.to_vec(), topics: Arc::from([]) };
+        let filter = LogFilter {
+            span: Span::Range(part),
+            addresses: addresses.to_vec().into(),
+            topics: Arc::from([]),
+        };
         let outcomes =
             rpc.try_once(provider, &[Call::Logs(filter)]).await.map_err(|refused| refused.to_string())?;
         match outcomes.into_iter().next() {

@@ -4,9 +4,11 @@
 //! block rides in the same batch, so that a node that is behind gives itself away. Unfinal blocks one by one and
 //! linked: each must name the one before as its parent, and its logs are asked for by block hash, which is exact.
 
+mod ahead;
 mod audit;
 mod chain;
 mod fork;
+mod harvest;
 mod late;
 mod limits;
 mod read;
@@ -19,21 +21,24 @@ use std::time::Duration;
 
 use alloy::primitives::{Address, B256};
 use thiserror::Error;
+use tokio::sync::watch;
 use tracing::{debug, info, warn};
 
 pub use audit::Auditor;
 pub use chain::{Answer, BlockTag, Call, Chain, LogFilter, Refused, Span};
-pub use limits::Limits;
+pub use limits::{Limits, Way};
 
 use crate::backoff::Backoff;
 use crate::config;
-use crate::event::{BlockRange, BlockRef, Header, Signatures};
+use crate::event::{Addresses, BlockRange, BlockRef, Header, Signatures};
 use crate::store::{Store, StoreError, on_disk};
 use crate::telemetry::metrics;
+use ahead::Ahead;
 use fork::{Suspicion, Withdrawn};
+use harvest::Decoder;
 
 /// Unfinal blocks linked and committed together, at most: bounds a batch and a commit.
-const LINKED_BLOCKS: u64 = 50;
+const LINKED_BLOCKS: u64 = 128;
 /// How long to leave a node that is behind, or two nodes that disagree, before asking again.
 const SECOND_LOOK: Duration = Duration::from_millis(250);
 /// Looks at a node that is behind or inconsistent before turning to another; pauses grow by as many.
@@ -43,6 +48,8 @@ const NO_HURRY: Duration = Duration::from_millis(100);
 /// The finalized head is asked for again once this many blocks were seen. What is final is read by range and never
 /// withdrawn, so knowing of it late costs calls and memory, never an event.
 const FINALITY_REFRESH: u64 = 64;
+/// Heads in a row that polls found and that had not been announced, after which the subscription counts as dead.
+const UNANNOUNCED: u32 = 3;
 /// Looks at a tag without an answer after which the node counts as not knowing it: a node just started has none yet.
 const TAG_LOOKS: u32 = 3;
 
@@ -87,13 +94,23 @@ pub struct Scanner<C> {
     store: Arc<Store>,
     signatures: Arc<Signatures>,
     settings: config::Chain,
+    archive_after: u64,
     factory: Address,
+    decoder: Decoder,
     topics: Arc<[B256]>,
     lifecycle_topics: Arc<[B256]>,
     limits: Limits,
+    /// Ranges asked for ahead.
+    ahead: Ahead,
+    /// The first list of watched escrows, and the same with the factory.
+    with_factory: Option<(Addresses, Addresses)>,
     until: Until,
     /// The highest block that may be read now.
     target: Option<u64>,
+    /// Heads announced by a subscription.
+    heads: Option<watch::Receiver<Option<Header>>>,
+    /// Heads in a row that polls found and that had not been announced, and the last of them.
+    unannounced: (u32, u64),
     /// Headers seen at the head, not yet read: a chain linked by parent hashes.
     recent: BTreeMap<u64, Header>,
     finality: Finality,
@@ -172,12 +189,24 @@ impl<C: Chain> Scanner<C> {
         until: Until,
     ) -> Self {
         let (factory_seen, finalized) = (store.cursor().is_some(), store.finalized());
+        let decoder = Decoder {
+            chain_id: config.chain.id,
+            factory: config.factory.address,
+            signatures: Arc::clone(&signatures),
+            store: Arc::clone(&store),
+        };
         Self {
+            heads: chain.heads(),
+            unannounced: (0, 0),
+            decoder,
+            archive_after: config.escrow.archive_after,
+            ahead: Ahead::default(),
+            with_factory: None,
             chain,
             factory: config.factory.address,
             topics: signatures.topics().into(),
             lifecycle_topics: signatures.lifecycle_topics().into(),
-            limits: Limits::new(config.rpc.max_range, config.rpc.max_addresses.get()),
+            limits: Limits::new(config.rpc.max_range, config.rpc.max_addresses.get(), config.rpc.filter),
             settings: config.chain.clone(),
             store,
             signatures,
@@ -208,9 +237,10 @@ impl<C: Chain> Scanner<C> {
 
     /// What to do after a step that read nothing.
     fn recover(&mut self, trouble: Trouble) -> Result<Step, ScanError> {
+        self.ahead.clear();
         match trouble {
             Trouble::Store(error) => Err(error.into()),
-            Trouble::Refused { refused, blocks } => self.replan(refused, blocks),
+            Trouble::Refused { refused, blocks, way } => self.replan(refused, blocks, way),
             Trouble::Disagreement(what) => {
                 self.recent.clear();
                 if !std::mem::replace(&mut self.said.behind, true) {
@@ -248,7 +278,11 @@ impl<C: Chain> Scanner<C> {
             return Ok(Step::Done);
         }
         if self.target.is_none_or(|target| target < next) {
-            if let Some(step) = self.poll(next).await? {
+            let nothing_new = match self.announced() {
+                Some(head) => self.follow(next, head),
+                None => self.poll(next).await?,
+            };
+            if let Some(step) = nothing_new {
                 return Ok(step);
             }
             if self.is_done(next) {
@@ -267,6 +301,54 @@ impl<C: Chain> Scanner<C> {
 
     fn is_done(&self, next: u64) -> bool {
         matches!(self.until, Until::Block(last) if next > last)
+    }
+
+    /// Changes with each head that is announced; `None`: there are no announcements, only polls.
+    pub fn heads(&self) -> Option<watch::Receiver<Option<Header>>> {
+        self.heads.clone()
+    }
+
+    /// A head announced since the last look, if it says all that a poll would: it saves the poll.
+    fn announced(&mut self) -> Option<Header> {
+        let heads = self.heads.as_mut()?;
+        if !heads.has_changed().unwrap_or(false) {
+            return None;
+        }
+        let head = (*heads.borrow_and_update())?;
+        let says_all = self.settings.horizon == config::Horizon::Latest
+            && self.factory_seen
+            && self.store.cursor().is_some()
+            && !self.finality_is_due();
+        (says_all && head.block.number > self.finality.head).then_some(head)
+    }
+
+    /// Sets the target by an announced head. `Some`: there is nothing to read yet.
+    fn follow(&mut self, next: u64, head: Header) -> Option<Step> {
+        self.unannounced = (0, 0);
+        self.finality.head = head.block.number;
+        metrics::head(head.block.number);
+        self.see_head(head);
+        self.note_finality(head.block.number, None);
+        self.aim(next, self.horizon(BlockTag::Latest, head.block.number));
+        let something = self.is_done(next) || self.target.is_some_and(|target| next <= target);
+        (!something).then_some(Step::Idle)
+    }
+
+    /// Whether the head that a poll found had been announced.
+    fn compare_with_announcements(&mut self, head: Header) {
+        let Some(announced) = self.heads.as_ref().and_then(|heads| *heads.borrow()) else {
+            return;
+        };
+        let (count, last) = self.unannounced;
+        self.unannounced = match head.block.number {
+            number if number <= announced.block.number => (0, 0),
+            number if number > last => (count + 1, number),
+            _ => (count, last),
+        };
+        if self.unannounced.0 == UNANNOUNCED {
+            self.unannounced.0 = 0;
+            self.chain.heads_are_missing();
+        }
     }
 
     /// Asks for the head and sets the target. `Some`: there is nothing to read now.
@@ -311,6 +393,9 @@ impl<C: Chain> Scanner<C> {
             Some(_) => self.finality_answered(),
             None if ask_finality => self.finality_missed("finalized: no such block"),
             None => {}
+        }
+        if tag == BlockTag::Latest {
+            self.compare_with_announcements(head);
         }
         self.see_head(head);
         let horizon = self.horizon(tag, head.block.number);
@@ -475,12 +560,13 @@ impl<C: Chain> Scanner<C> {
     }
 
     /// Changes the plan after a refusal.
-    fn replan(&mut self, refused: Refused, blocks: u64) -> Result<Step, ScanError> {
+    fn replan(&mut self, refused: Refused, blocks: u64, way: Way) -> Result<Step, ScanError> {
         debug!(%refused, blocks, "Changing the plan");
         // Whatever was wrong, it may be the block that was asked for: look again where the head is.
         self.recent.clear();
         self.target = None;
-        let addresses = self.limits.addresses().min(self.store.registry().len() + 1);
+        let addresses = self.limits.addresses().min(self.store.registry().watched_len() + 1);
+        let one_block_for_everyone = way == Way::Everyone && blocks == 1;
         match refused {
             Refused::Cap(cap) => {
                 self.limits.cap(cap);
@@ -488,8 +574,16 @@ impl<C: Chain> Scanner<C> {
                 Ok(Step::Progress)
             }
             Refused::Use(range) => {
-                self.limits.shrink(range.blocks());
+                self.limits.shrink(way, range.blocks());
                 Ok(Step::Progress)
+            }
+            Refused::FewerAddresses(_) if way == Way::Everyone && blocks > 0 => {
+                self.limits.refuse_everyone();
+                Ok(Step::Progress)
+            }
+            Refused::Halve(_) | Refused::Unknown(_) | Refused::Slow(_) if one_block_for_everyone => {
+                self.limits.refuse_everyone();
+                Ok(Step::Wait(NO_HURRY))
             }
             // Not a question of size: no smaller plan helps.
             Refused::Halve(_) | Refused::FewerAddresses(_) | Refused::Unknown(_) | Refused::Slow(_)
@@ -497,9 +591,9 @@ impl<C: Chain> Scanner<C> {
             {
                 Ok(Step::Wait(self.rest.pause()))
             }
-            Refused::Halve(_) | Refused::Slow(_) if self.limits.halve(blocks) => Ok(Step::Progress),
+            Refused::Halve(_) | Refused::Slow(_) if self.limits.halve(way, blocks) => Ok(Step::Progress),
             // Perhaps it is not a question of size after all: no hurry.
-            Refused::Unknown(_) if self.limits.halve(blocks) => Ok(Step::Wait(NO_HURRY)),
+            Refused::Unknown(_) if self.limits.halve(way, blocks) => Ok(Step::Wait(NO_HURRY)),
             Refused::FewerAddresses(_) if self.limits.cap_addresses(addresses) => Ok(Step::Progress),
             Refused::Halve(_) if self.limits.fewer_addresses(addresses) => Ok(Step::Progress),
             Refused::Unknown(_) if self.limits.fewer_addresses(addresses) => Ok(Step::Wait(NO_HURRY)),
@@ -527,10 +621,11 @@ impl<C: Chain> Scanner<C> {
 #[derive(Debug)]
 enum Trouble {
     Store(StoreError),
-    /// The provider refused; logs of `blocks` were asked for at once, or none.
+    /// The provider refused; logs of `blocks` were asked for at once in that way, or none.
     Refused {
         refused: Refused,
         blocks: u64,
+        way: Way,
     },
     /// Answers that cannot all be of one chain: thrown away whole.
     Disagreement(String),
@@ -538,7 +633,15 @@ enum Trouble {
 
 impl Trouble {
     fn refused(refused: Refused) -> Self {
-        Self::Refused { refused, blocks: 0 }
+        Self::Refused { refused, blocks: 0, way: Way::Addresses }
+    }
+
+    /// It was logs of so many blocks that were asked for.
+    fn about(self, blocks: u64, way: Way) -> Self {
+        match self {
+            Self::Refused { refused, .. } => Self::Refused { refused, blocks, way },
+            Self::Store(_) | Self::Disagreement(_) => self,
+        }
     }
 }
 

@@ -36,9 +36,9 @@ use redb::{
 use thiserror::Error;
 use tokio::sync::watch;
 
-pub use audit::Comparison;
+pub use audit::{Comparison, Place};
 pub use late::{Added, Imported, LateStretch};
-pub use registry::Registry;
+pub use registry::{CHUNK, Registry};
 pub use schema::{Entry, Escrow, EscrowState, Identity, Kind, LateRead, Quarantined};
 
 use crate::event::{BlockRef, Event};
@@ -136,6 +136,9 @@ macro_rules! io_error {
 }
 io_error!(redb::TransactionError, redb::TableError, redb::StorageError, redb::CommitError);
 
+/// Escrows archived in one commit, at most.
+const ARCHIVED_AT_ONCE: usize = 500;
+
 /// Blocks read and accepted: what one transaction stores.
 #[derive(Debug, Default)]
 pub struct Stretch {
@@ -151,6 +154,8 @@ pub struct Stretch {
     pub finalized: Option<u64>,
     /// The first of the blocks, if they may still leave the chain: they are to be read again once they cannot.
     pub unfinal_from: Option<u64>,
+    /// Escrows that ended in this block or before need not be asked for any more.
+    pub archive_upto: Option<u64>,
 }
 
 /// What a retraction did.
@@ -359,6 +364,8 @@ impl Store {
         };
         let _writing = lock(&self.writer);
         let mut progress = lock(&self.progress).clone();
+        let ended = stretch.archive_upto.map(|last| self.registry().ended_upto(last, ARCHIVED_AT_ONCE));
+        let ended = ended.unwrap_or_default();
         let transaction = self.db.begin_write()?;
         let changed = {
             let mut lanes = Lanes::open(&transaction, self.epoch)?;
@@ -384,6 +391,9 @@ impl Store {
             if let Some(from) = stretch.unfinal_from {
                 add_run(&mut transaction.open_table(UNAUDITED)?, from, cursor.number + 1)?;
             }
+            for (block, escrow) in &ended {
+                lanes.archive(*escrow, *block)?;
+            }
             progress.cursor = Some((cursor.number, cursor.hash));
             // What the node says of blocks to come is not worth keeping.
             progress.finalized =
@@ -393,8 +403,16 @@ impl Store {
             lanes.close()?
         };
         transaction.commit()?;
+        if !ended.is_empty() {
+            self.registry.write().expect("a registry writer panicked").forget_ended(&ended);
+        }
         self.moved(progress, changed, 0);
         Ok(())
+    }
+
+    /// Nobody has still to catch up with escrows that came to be watched: see [`Registry::arrived_after`].
+    pub fn forget_arrivals(&self) {
+        self.registry.write().expect("a registry writer panicked").forget_arrivals();
     }
 
     /// Moves the cursor back to `ancestor`, the newest accepted block still on the chain (`None`: none is), and

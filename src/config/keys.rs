@@ -15,7 +15,7 @@ use reqwest::Url;
 use super::layers::{self, Raw};
 use super::report::Origin;
 use super::secret::SecretUrl;
-use super::{CountCall, Horizon, LogFormat, Meaning, Ordering, Reading, RefusalText};
+use super::{CountCall, Filter, Horizon, LogFormat, Meaning, Ordering, Reading, RefusalText};
 
 /// How a key's text is read where there is only text (variables, command line).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -215,6 +215,12 @@ keys! {
         shape: List, default: Some(r#"["EscrowReleased", "EscrowRefunded"]"#), plain: None,
         parse: names,
     }
+    ESCROW_ARCHIVE_AFTER: u64 {
+        path: "escrow.archive_after",
+        about: "final blocks after its end after which an escrow is not asked for any more, such as 50000",
+        shape: Number, default: Some("50000"), plain: None,
+        parse: whole,
+    }
     ESCROW_COUNT_CALLS: Vec<CountCall> {
         path: "escrow.count_calls",
         about: "functions of the escrows that count events, such as [\"Approved = approvalsCount()\"]",
@@ -257,6 +263,16 @@ keys! {
         about: "the most addresses one eth_getLogs asks for, such as 1000",
         shape: Number, default: Some("1000"), plain: None,
         parse: non_zero,
+    }
+    RPC_FILTER: Filter {
+        path: "rpc.filter",
+        about: "how escrows' logs are asked for: \"auto\", \"addresses\" or \"topics\"",
+        shape: Text, default: Some(r#""auto""#), plain: None,
+        parse: |raw| choice(raw, &[
+            ("auto", Filter::Auto),
+            ("addresses", Filter::Addresses),
+            ("topics", Filter::Topics),
+        ]),
     }
     RPC_MAX_BATCH: NonZeroUsize {
         path: "rpc.max_batch",

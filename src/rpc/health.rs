@@ -69,7 +69,10 @@ impl Health {
             rests_until: None,
             behind: 0,
         };
-        (0..urls.len()).for_each(|index| metrics::provider_answers(index, true));
+        for index in 0..urls.len() {
+            metrics::provider_answers(index, true);
+            metrics::provider_lag(index, 0);
+        }
         Self { providers: Mutex::new(urls.iter().map(provider).collect()), turn: tokio::sync::Mutex::new(()) }
     }
 

@@ -112,6 +112,7 @@ fn rpc(servers: &[&Server], max_batch: usize) -> Rpc {
         max_concurrent: NonZeroUsize::new(4).unwrap(),
         max_range: NonZeroU64::new(2000).unwrap(),
         max_addresses: NonZeroUsize::new(1000).unwrap(),
+        filter: config::Filter::Auto,
         max_batch: NonZeroUsize::new(max_batch).unwrap(),
         timeout: Duration::from_secs(5),
         refusals: vec![],
@@ -217,7 +218,8 @@ async fn what_changes_the_plan_is_passed_on_with_what_the_provider_said() {
     let rpc = rpc(&[&server], 100);
     rpc.ask(headers(1)).await.unwrap();
     let span = crate::scan::Span::Range(BlockRange::new(1, 2000).unwrap());
-    let filter = crate::scan::LogFilter { span, addresses: vec![], topics: Arc::from([]) };
+    let filter =
+        crate::scan::LogFilter { span, addresses: crate::event::Addresses::any(), topics: Arc::from([]) };
     let refused = rpc.ask(vec![Call::Logs(filter)]).await.unwrap_err();
     assert_eq!(refused, Refused::Cap(NonZeroU64::new(50).unwrap()));
 }
@@ -326,7 +328,11 @@ async fn in_an_outage_one_attempt_is_made_at_a_time_however_many_ask() {
 
 fn range_logs(to: u64) -> Call {
     let span = crate::scan::Span::Range(BlockRange::new(1, to).unwrap());
-    Call::Logs(crate::scan::LogFilter { span, addresses: vec![], topics: Arc::from([]) })
+    Call::Logs(crate::scan::LogFilter {
+        span,
+        addresses: crate::event::Addresses::any(),
+        topics: Arc::from([]),
+    })
 }
 
 #[tokio::test]
@@ -397,7 +403,7 @@ async fn every_kind_of_call_has_its_method() {
     let rpc = rpc(&[&server], 100);
     let filter = crate::scan::LogFilter {
         span: crate::scan::Span::Block(Default::default()),
-        addresses: vec![],
+        addresses: crate::event::Addresses::any(),
         topics: Arc::from([]),
     };
     let calls = vec![Call::Header(BlockTag::Latest), Call::Code(Default::default()), Call::Logs(filter)];

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use alloy::pubsub::{PubSubConnect, PubSubFrontend};
-use alloy::rpc::json_rpc::{RequestPacket, ResponsePacket};
+use alloy::pubsub::{PubSubConnect, PubSubFrontend, RawSubscription};
+use alloy::rpc::json_rpc::{RequestPacket, ResponsePacket, ResponsePayload, SerializedRequest};
 use alloy::transports::RpcError;
 use alloy::transports::ws::WsConnect;
 use reqwest::header::{CONTENT_TYPE, RETRY_AFTER};
@@ -52,7 +52,7 @@ pub(super) enum Transport {
     /// Connected when first used, and again after it broke.
     WebSocket {
         url: SecretUrl,
-        connection: Mutex<Option<PubSubFrontend>>,
+        connection: Connection,
         timeout: Duration,
     },
 }
@@ -69,6 +69,21 @@ impl Transport {
             .user_agent(concat!("relayer/", env!("CARGO_PKG_VERSION")))
             .build()?;
         Ok(Self::Http { client, url: url.clone() })
+    }
+
+    pub fn is_web_socket(&self) -> bool {
+        matches!(self, Self::WebSocket { .. })
+    }
+
+    /// Makes a subscription; only a web socket can.
+    pub async fn subscribe(&self, request: SerializedRequest) -> Result<RawSubscription, Failure> {
+        let Self::WebSocket { url, connection, timeout } = self else {
+            return Err(Failure::fault("no web socket"));
+        };
+        match tokio::time::timeout(*timeout, subscribe(url, connection, request)).await {
+            Ok(subscribed) => subscribed,
+            Err(_) => Err(Failure::fault(format_args!("no answer within {timeout:?}"))),
+        }
     }
 
     pub async fn round_trip(&self, packet: RequestPacket) -> Result<Reply, Failure> {
@@ -145,23 +160,27 @@ fn cut_short(error: reqwest::Error) -> Failure {
     Failure { slow: true, ..connection_failure(error) }
 }
 
+type Connection = Mutex<Option<PubSubFrontend>>;
+
+/// The connection, made if there is none.
+async fn connected(url: &SecretUrl, connection: &Connection) -> Result<PubSubFrontend, Failure> {
+    let mut slot = connection.lock().await;
+    match &*slot {
+        Some(frontend) => Ok(frontend.clone()),
+        None => {
+            let connect = WsConnect::new(url.expose().as_str()).with_max_retries(0);
+            let frontend = connect.into_service().await.map_err(Failure::fault)?;
+            Ok(slot.insert(frontend).clone())
+        }
+    }
+}
+
 async fn web_socket(
     url: &SecretUrl,
-    connection: &Mutex<Option<PubSubFrontend>>,
+    connection: &Connection,
     packet: RequestPacket,
 ) -> Result<Reply, Failure> {
-    let frontend = {
-        let mut slot = connection.lock().await;
-        match &*slot {
-            Some(frontend) => frontend.clone(),
-            None => {
-                let connect = WsConnect::new(url.expose().as_str()).with_max_retries(0);
-                let frontend = connect.into_service().await.map_err(Failure::fault)?;
-                slot.insert(frontend).clone()
-            }
-        }
-    };
-    match frontend.send_packet(packet).await {
+    match connected(url, connection).await?.send_packet(packet).await {
         Ok(packet) => Ok(Reply { packet, http_status: None, retry_after: None }),
         Err(error) => {
             if !matches!(error, RpcError::ErrorResp(_)) {
@@ -170,5 +189,21 @@ async fn web_socket(
             // Perhaps the answer was too large for a message.
             Err(Failure { slow: true, ..Failure::fault(error) })
         }
+    }
+}
+
+async fn subscribe(
+    url: &SecretUrl,
+    connection: &Connection,
+    request: SerializedRequest,
+) -> Result<RawSubscription, Failure> {
+    let frontend = connected(url, connection).await?;
+    let response = frontend.send(request).await.map_err(Failure::fault)?;
+    match response.payload {
+        ResponsePayload::Success(id) => {
+            let id = serde_json::from_str(id.get()).map_err(Failure::fault)?;
+            frontend.get_subscription(id).await.map_err(Failure::fault)
+        }
+        ResponsePayload::Failure(failure) => Err(Failure::fault(failure.message)),
     }
 }

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize, Serializer};
 use serde_json::value::RawValue;
 
 use super::verdict::Asked;
-use crate::event::{BlockRef, Header, Log};
+use crate::event::{Addresses, BlockRef, Header, Log};
 use crate::scan::{Answer, BlockTag, Call, LogFilter, Span};
 
 /// One request of a batch.
@@ -46,6 +46,16 @@ pub(super) fn request(query: Query<'_>, id: u64) -> SerializedRequest {
         }
         Query::Call(call @ Call::Logs(filter)) => serialize(method(call), id, (FilterParam::new(filter),)),
     }
+}
+
+/// The request that subscribes to new heads.
+pub(super) fn new_heads(id: u64) -> SerializedRequest {
+    serialize("eth_subscribe", id, ("newHeads",))
+}
+
+/// Reads an announced head.
+pub(super) fn head(announced: &RawValue) -> Result<Header, serde_json::Error> {
+    serde_json::from_str::<RawHeader>(announced.get()).map(Header::from)
 }
 
 /// The last block of these calls' ranges whose header is not among them: without it an empty list means nothing.
@@ -124,8 +134,8 @@ struct FilterParam<'a> {
     to_block: Option<Tag>,
     #[serde(skip_serializing_if = "Option::is_none")]
     block_hash: Option<B256>,
-    #[serde(skip_serializing_if = "<[Address]>::is_empty")]
-    address: &'a [Address],
+    #[serde(skip_serializing_if = "Addresses::is_empty")]
+    address: &'a Addresses,
     #[serde(skip_serializing_if = "Option::is_none")]
     topics: Option<[&'a [B256]; 1]>,
 }
@@ -251,7 +261,7 @@ mod tests {
         ];
         let call = Call::Logs(LogFilter {
             span: Span::Block(B256::ZERO),
-            addresses: vec![],
+            addresses: Addresses::any(),
             topics: std::sync::Arc::from([]),
         });
         for (extra, expected) in table {
@@ -265,7 +275,7 @@ mod tests {
     fn a_range_is_asked_by_numbers_and_a_block_by_hash() {
         let filter = |span| LogFilter {
             span,
-            addresses: vec![Address::repeat_byte(0xAB)],
+            addresses: vec![Address::repeat_byte(0xAB)].into(),
             topics: std::sync::Arc::from([B256::repeat_byte(1)]),
         };
         let range =

@@ -15,15 +15,21 @@ use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
 use tokio::time::Instant;
 use tracing::{debug, error, info, warn};
 
-use super::read::{Harvest, log_calls, quarantined, say_found, whole};
+use super::harvest::{Harvest, quarantined, whole};
+use super::limits::Way;
+use super::read::{log_calls, say_found};
 use super::{Answer, BlockTag, Call, Chain, LogFilter, Span, Step, Trouble};
 use crate::config::{Config, CountCall};
-use crate::event::{BlockRange, BlockRef, Decoded, Header, Log, Recognised, Role, Signatures, digest};
+use crate::event::{
+    Addresses, BlockRange, BlockRef, Decoded, Header, Log, Recognised, Role, Signatures, digest,
+};
 use crate::store::{Escrow, EscrowState, LateStretch, Quarantined, Store, StoreError, on_disk};
 use crate::telemetry::metrics;
 
 /// Between attempts while no provider answers.
 const UNANSWERED: Duration = Duration::from_secs(30);
+/// Nothing is audited so soon after the start.
+const UNHURRIED: Duration = Duration::from_secs(60);
 /// Calls of one sample: the header that says it is our chain, the block's header, its logs.
 const SAMPLE_CALLS: u32 = 3;
 /// Escrows whose own counts are compared at a time.
@@ -42,6 +48,7 @@ pub struct Auditor<C> {
     blocks: u64,
     /// Addresses in a filter; beyond it none are named.
     addresses: usize,
+    begins_at: Instant,
     sample_at: Instant,
     count_at: Instant,
     dice: u64,
@@ -79,7 +86,8 @@ impl<C: Chain> Auditor<C> {
         config: &Config,
     ) -> Option<Self> {
         let calls_per_hour = NonZeroU32::new(config.audit.calls_per_hour)?;
-        let now = Instant::now();
+        // A start is busy enough.
+        let begins_at = Instant::now() + sample_pause(calls_per_hour).min(UNHURRIED);
         Some(Self {
             chain,
             topics: signatures.topics().into(),
@@ -91,8 +99,9 @@ impl<C: Chain> Auditor<C> {
             blocks: config.rpc.max_range.get(),
             addresses: config.rpc.max_addresses.get(),
             config: config.clone(),
-            sample_at: now,
-            count_at: now,
+            begins_at,
+            sample_at: begins_at,
+            count_at: begins_at,
             said: Said::default(),
         })
     }
@@ -102,7 +111,7 @@ impl<C: Chain> Auditor<C> {
         match self.try_step().await {
             Ok(step) => Ok(step),
             Err(Trouble::Store(error)) => Err(error),
-            Err(Trouble::Refused { refused, blocks }) => Ok(self.put_off(&refused.to_string(), blocks)),
+            Err(Trouble::Refused { refused, blocks, .. }) => Ok(self.put_off(&refused.to_string(), blocks)),
             Err(Trouble::Disagreement(what)) => Ok(self.put_off(&what, 0)),
         }
     }
@@ -128,6 +137,9 @@ impl<C: Chain> Auditor<C> {
         let (Some(finalized), None) = (self.store.finalized(), self.store.late_read()) else {
             return Ok(Step::Idle);
         };
+        if Instant::now() < self.begins_at {
+            return Ok(Step::Wait(self.begins_at - Instant::now()));
+        }
         let most = self.blocks;
         if let Some(range) = on_disk(&self.store, move |store| store.unaudited(most)).await? {
             self.audit_range(range).await?;
@@ -188,12 +200,13 @@ impl<C: Chain> Auditor<C> {
 
     /// One filter with the factory and the escrows, or without addresses where these are too many.
     fn log_calls(&self, span: Span) -> Vec<Call> {
-        let watched = self.store.registry().watched();
-        if watched.len() < self.addresses {
-            let all = [self.config.factory.address].into_iter().chain(watched.iter().copied());
-            return log_calls(span, &all.collect::<Vec<_>>(), self.addresses, &self.topics);
+        let registry = self.store.registry();
+        if registry.len() == registry.watched_len() && registry.len() < self.addresses {
+            let all: Vec<Address> =
+                [self.config.factory.address].into_iter().chain(registry.watched()).collect();
+            return log_calls(span, &all, self.addresses, &self.topics);
         }
-        vec![Call::Logs(LogFilter { span, addresses: Vec::new(), topics: Arc::clone(&self.topics) })]
+        vec![Call::Logs(LogFilter { span, addresses: Addresses::any(), topics: Arc::clone(&self.topics) })]
     }
 
     async fn compare(&mut self, range: BlockRange, harvest: Harvest) -> Result<(), Trouble> {
@@ -311,7 +324,7 @@ impl<C: Chain> Auditor<C> {
             Some(answered) => answered,
             None => self.chain.ask_once(calls).await,
         };
-        answered.map_err(|refused| Trouble::Refused { refused, blocks })
+        answered.map_err(|refused| Trouble::refused(refused).about(blocks, Way::Addresses))
     }
 
     /// The same, and thrown away unless the answering provider has the newest block that we know to be final.
@@ -352,10 +365,11 @@ impl<C: Chain> Auditor<C> {
     }
 
     fn draw_escrows(&mut self) -> BTreeSet<Address> {
-        let watched = self.store.registry().watched();
-        match watched.len() as u64 {
+        let store = Arc::clone(&self.store);
+        let registry = store.registry();
+        match registry.watched_len() as u64 {
             0 => BTreeSet::new(),
-            count => (0..COUNTED_ESCROWS).map(|_| watched[self.roll(count) as usize]).collect(),
+            count => (0..COUNTED_ESCROWS).map(|_| registry.nth_watched(self.roll(count) as usize)).collect(),
         }
     }
 
@@ -413,6 +427,11 @@ impl<C: Chain> Auditor<C> {
     }
 }
 
+/// Half of the budget is left for what has to be audited.
+fn sample_pause(calls_per_hour: NonZeroU32) -> Duration {
+    Duration::from_secs(3600) * (2 * SAMPLE_CALLS) / calls_per_hour.get()
+}
+
 type BlockKey = (u64, B256);
 
 impl Found<'_> {
@@ -440,7 +459,8 @@ impl Found<'_> {
 
 fn counts(rows: &HashMap<Address, Escrow>, log: &Log) -> bool {
     let row = rows.get(&log.address);
-    row.is_some_and(|it| it.state == EscrowState::Active && log.block.number >= it.announced.0)
+    let is_read = |it: &&Escrow| matches!(it.state, EscrowState::Active | EscrowState::Archived);
+    row.filter(is_read).is_some_and(|it| log.block.number >= it.announced.0)
 }
 
 fn say(range: BlockRange, missed: usize, extra: &[(u64, u64)], renumbered: usize) {

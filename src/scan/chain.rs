@@ -7,8 +7,9 @@ use std::sync::Arc;
 
 use alloy::primitives::{Address, B256, Bytes, Selector};
 use thiserror::Error;
+use tokio::sync::watch;
 
-use crate::event::{BlockRange, Header, Log};
+use crate::event::{Addresses, BlockRange, Header, Log};
 
 /// A chain one can ask. Faults and rate limits are waited out below this seam; what comes through it either
 /// changes the plan or ends the run.
@@ -27,6 +28,15 @@ pub trait Chain: Send + Sync + 'static {
 
     /// Asks the provider in use: one attempt, without consequences for who is asked next.
     fn ask_once(&self, calls: Vec<Call>) -> impl Future<Output = Result<Vec<Answer>, Refused>> + Send;
+
+    /// Heads as they are announced, the newest kept; the header before the first one is not known. `None`: nobody announces
+    /// any. An announcement wakes and says where to look; what is there is asked for.
+    fn heads(&self) -> Option<watch::Receiver<Option<Header>>> {
+        None
+    }
+
+    /// Polls found heads that had not been announced: the subscription may be dead, or late.
+    fn heads_are_missing(&self) {}
 
     /// The provider in use contradicts itself or the others: asks another from now on, where there is one.
     fn turn_away(&self);
@@ -82,7 +92,7 @@ pub struct LogFilter {
     /// Of which blocks.
     pub span: Span,
     /// From these contracts; from any if there is none.
-    pub addresses: Vec<Address>,
+    pub addresses: Addresses,
     /// With one of these as `topics[0]`; with any if there is none.
     pub topics: Arc<[B256]>,
 }

@@ -79,6 +79,7 @@ impl<C: Chain> Scanner<C> {
     /// Compares the accepted blocks with the chain, and goes back to where a fork began if it is sure that there is one.
     pub(super) async fn look_back(&mut self) -> Result<Step, Trouble> {
         self.recent.clear();
+        self.ahead.clear();
         self.target = None;
         let Finding::Fork(fork) = self.find_fork().await? else {
             self.suspected = None;

@@ -10,12 +10,14 @@ use std::sync::Arc;
 use alloy::primitives::{Address, B256};
 use tracing::info;
 
-use super::read::{Harvest, quarantined, say_found, whole};
+use super::harvest::{Harvest, quarantined, whole};
+use super::limits::Way;
+use super::read::say_found;
 use super::{
     Answer, BlockTag, Call, Chain, LINKED_BLOCKS, LogFilter, ScanError, Scanner, Span, Step, Trouble,
 };
 use crate::config::Reading;
-use crate::event::{BlockRange, BlockRef, Header, Log, Recognised, Role, Signatures};
+use crate::event::{Addresses, BlockRange, BlockRef, Header, Log, Recognised, Role, Signatures};
 use crate::store::{Escrow, LateRead, LateStretch, on_disk};
 use crate::telemetry::metrics;
 
@@ -39,7 +41,6 @@ struct Pass {
 #[derive(Default)]
 struct LateHarvest {
     harvest: Harvest,
-    times: HashMap<u64, u64>,
     /// Not registered before: the block that announced each.
     fresh: BTreeMap<Address, BlockRef>,
     /// Known from a later block only: the block that announced each, and the first block that was read.
@@ -66,12 +67,13 @@ impl<C: Chain> Scanner<C> {
         }
         let last_final = self.finalized.unwrap_or(0).min(pass.last);
         let (by_range, count, last) = match self.settings.reading {
-            _ if next <= last_final => (true, self.limits.range(), last_final),
-            Reading::Ranged => (true, self.limits.range(), pass.last),
-            Reading::Linked => (false, LINKED_BLOCKS.min(self.limits.range()), pass.last),
+            _ if next <= last_final => (true, self.limits.range(Way::Addresses), last_final),
+            Reading::Ranged => (true, self.limits.range(Way::Addresses), pass.last),
+            Reading::Linked => (false, LINKED_BLOCKS.min(self.limits.range(Way::Addresses)), pass.last),
         };
         let range = BlockRange::starting_at(next, count, last).expect("next is not above last");
-        let everyone = !by_range && self.limits.topics_only(pass.registered.len() + pass.missing.len());
+        let count = pass.registered.len().max(pass.missing.len());
+        let everyone = !by_range && self.limits.way_by_hash(count) == Way::Everyone;
         let harvested = match by_range {
             true => self.late_range(&pass, range).await.map(Some),
             false => self.late_linked(&pass, range, everyone).await,
@@ -80,18 +82,15 @@ impl<C: Chain> Scanner<C> {
             Ok(Some(found)) => found,
             Ok(None) => return Ok(Step::Idle),
             Err(Trouble::Refused { .. }) if everyone => {
-                self.limits.refuse_topics_only();
+                self.limits.refuse_everyone();
                 return Ok(Step::Progress);
             }
-            Err(Trouble::Refused { refused, .. }) => {
-                return Err(Trouble::Refused { refused, blocks: range.blocks() });
-            }
-            Err(trouble) => return Err(trouble),
+            Err(trouble) => return Err(trouble.about(range.blocks(), Way::Addresses)),
         };
         let stretch = self.late_stretch(&pass, &found, range.to() + 1).await?;
         self.accept_late(&pass, stretch, next).await?;
         let addresses = if everyone { 0 } else { pass.registered.len().max(pass.missing.len()) };
-        self.limits.grow(range.blocks(), addresses);
+        self.limits.grow(Way::Addresses, range.blocks(), addresses.min(self.limits.addresses()), 0);
         Ok(Step::Progress)
     }
 
@@ -104,7 +103,7 @@ impl<C: Chain> Scanner<C> {
             registered.push(self.factory);
         }
         if !added.lifecycle_topics().is_empty() {
-            registered.extend(registry.watched().iter());
+            registered.extend(registry.watched());
         }
         let next_block = self.store.next_block();
         let joining = registry.joining(id).map(|(escrow, from)| (escrow, (from, next_block)));
@@ -147,13 +146,14 @@ impl<C: Chain> Scanner<C> {
         if let Some(first) = turned_up.iter().map(|(_, block)| *block).min() {
             let span = range.tail(first).expect("announced inside the range");
             let escrows: Vec<Address> = turned_up.iter().map(|(escrow, _)| *escrow).collect();
-            let calls = self.log_calls(Span::Range(span), None, &escrows, &self.lifecycle_topics);
+            let calls = self.log_calls(Span::Range(span), &escrows, &self.lifecycle_topics);
             let again = self.gather_range(&mut found.harvest, span, calls).await?;
             if again.block != end.block {
                 return Err(Trouble::Disagreement(format!("two headers of block {}", range.to())));
             }
         }
-        found.times = self.times(&found.harvest, end).await?;
+        found.harvest.times.insert(end.block.number, end.timestamp);
+        found.harvest.know_times(&*self.chain).await?;
         Ok(found)
     }
 
@@ -195,11 +195,11 @@ impl<C: Chain> Scanner<C> {
             let again = |header: &Header| {
                 let announced = turned_up.iter().filter(|(_, block)| *block <= header.block.number);
                 let escrows: Vec<Address> = announced.map(|(escrow, _)| *escrow).collect();
-                self.log_calls(Span::Block(header.block.hash), None, &escrows, &self.lifecycle_topics)
+                self.log_calls(Span::Block(header.block.hash), &escrows, &self.lifecycle_topics)
             };
             self.gather_linked(&mut found.harvest, headers, again).await?;
         }
-        found.times = headers.iter().map(|header| (header.block.number, header.timestamp)).collect();
+        found.harvest.times = headers.iter().map(|header| (header.block.number, header.timestamp)).collect();
         Ok(Some(found))
     }
 
@@ -258,7 +258,7 @@ impl<C: Chain> Scanner<C> {
                 Recognised::Unknown => {}
                 Recognised::Malformed(reason) => stretch.quarantined.push(quarantined(log, reason)),
                 Recognised::Known(decoded) => {
-                    let time = found.times[&log.block.number];
+                    let time = found.harvest.time_of(log).expect("they were asked for");
                     stretch.events.push(decoded.event(self.settings.id, log, time));
                 }
             }
@@ -329,9 +329,9 @@ impl Pass {
             match everyone && !addresses.is_empty() {
                 true => {
                     let topics = Arc::clone(topics);
-                    calls.push(Call::Logs(LogFilter { span, addresses: Vec::new(), topics }));
+                    calls.push(Call::Logs(LogFilter { span, addresses: Addresses::any(), topics }));
                 }
-                false => calls.extend(scanner.log_calls(span, None, addresses, topics)),
+                false => calls.extend(scanner.log_calls(span, addresses, topics)),
             }
         }
         calls

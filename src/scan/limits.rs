@@ -1,32 +1,107 @@
-//! How much to ask at once: limits learnt from refusals.
+//! How much to ask at once, and in which way: limits learnt from refusals and from what answers cost.
 
 use std::num::NonZeroU64;
+
+use crate::config::Filter;
 
 /// Answers at the largest size that is borne before a size that was refused is tried again; doubled each time it is
 /// refused then, up to [`LONGEST`].
 const PATIENCE: u32 = 16;
 const LONGEST: u32 = 1024;
+/// Logs that one answer should have at most, so that what is under way fits into memory.
+const LOGS_AT_ONCE: u64 = 10_000;
+/// So many logs of contracts that are not ours cost as much as a call.
+const LOGS_WORTH_A_CALL: f64 = 1_000.0;
+/// The other way must be so much cheaper before it is gone.
+const WORTH_A_CHANGE: f64 = 0.7;
+/// What was measured counts less with each range that is read the other way: in the end it is tried again.
+const FORGET: f64 = 0.99;
+
+/// How escrows' logs are asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// By the addresses, so many in a filter.
+    Addresses,
+    /// By the topics alone; the registry picks out what is ours.
+    Everyone,
+}
 
 /// Blocks a range and addresses a filter. A cap a provider names holds for the session; what was merely too much grows
 /// back, first to just below what was refused, and after a while beyond.
 #[derive(Clone, Debug)]
 pub struct Limits {
+    /// Blocks of a range, by addresses and for everyone.
     range: Size,
+    everyone: Size,
     addresses: Size,
+    filter: Filter,
     /// A filter without addresses was refused: address chunks from then on.
-    by_address_only: bool,
+    everyone_refused: bool,
+    /// Logs a block of contracts that are not ours, as measured.
+    foreign: f64,
+    way: Way,
 }
 
 impl Limits {
-    /// As configured: `rpc.max_range` blocks, `rpc.max_addresses` addresses.
-    pub fn new(max_range: NonZeroU64, max_addresses: usize) -> Self {
+    /// As configured: `rpc.max_range` blocks, `rpc.max_addresses` addresses, `rpc.filter`.
+    pub fn new(max_range: NonZeroU64, max_addresses: usize, filter: Filter) -> Self {
+        let range = Size::new(max_range.get());
         let addresses = Size::new(max_addresses.max(1) as u64);
-        Self { range: Size::new(max_range.get()), addresses, by_address_only: false }
+        let (everyone, way) = (range.clone(), Way::Addresses);
+        Self { range, everyone, addresses, filter, everyone_refused: false, foreign: 0.0, way }
+    }
+
+    /// The cheaper way to ask for `count` addresses, in calls a block; the one in use, unless the other is clearly
+    /// cheaper.
+    pub fn way(&mut self, count: usize) -> Way {
+        self.way = match self.filter {
+            Filter::Topics if !self.everyone_refused => Way::Everyone,
+            Filter::Addresses | Filter::Topics => Way::Addresses,
+            Filter::Auto if self.everyone_refused || count <= self.addresses() => Way::Addresses,
+            Filter::Auto => {
+                let range = self.everyone.now as f64;
+                let everyone = (1.0 + self.foreign * range / LOGS_WORTH_A_CALL) / range;
+                let addresses = count.div_ceil(self.addresses()) as f64 / self.range.now as f64;
+                match self.way {
+                    Way::Addresses if everyone < addresses * WORTH_A_CHANGE => Way::Everyone,
+                    Way::Everyone if addresses < everyone * WORTH_A_CHANGE => Way::Addresses,
+                    as_before => as_before,
+                }
+            }
+        };
+        self.way
+    }
+
+    /// The same for blocks asked for one by one.
+    pub fn way_by_hash(&self, count: usize) -> Way {
+        let chunks = count.div_ceil(self.addresses()) as f64;
+        match self.filter {
+            _ if self.everyone_refused => Way::Addresses,
+            Filter::Topics => Way::Everyone,
+            Filter::Auto if chunks > 1.0 && chunks > 1.0 + self.foreign / LOGS_WORTH_A_CALL => Way::Everyone,
+            Filter::Auto | Filter::Addresses => Way::Addresses,
+        }
     }
 
     /// Blocks to ask for next, at least 1.
-    pub fn range(&self) -> u64 {
-        self.range.now
+    pub fn range(&self, way: Way) -> u64 {
+        match way {
+            Way::Addresses => self.range.now,
+            Way::Everyone => self.everyone.now,
+        }
+    }
+
+    /// Blocks that can be asked for without addresses; 0: none.
+    pub fn everyone(&self) -> u64 {
+        let never = self.everyone_refused || self.filter == Filter::Addresses;
+        if never { 0 } else { self.everyone.now }
+    }
+
+    fn size(&mut self, way: Way) -> &mut Size {
+        match way {
+            Way::Addresses => &mut self.range,
+            Way::Everyone => &mut self.everyone,
+        }
     }
 
     /// Addresses in one filter, at least 1.
@@ -34,24 +109,21 @@ impl Limits {
         self.addresses.now as usize
     }
 
-    /// Whether one filter without addresses is better than chunks for `count` addresses.
-    pub fn topics_only(&self, count: usize) -> bool {
-        count > self.addresses() && !self.by_address_only
-    }
-
-    /// The provider bears at most `blocks`.
+    /// The provider bears at most `blocks`, whatever is asked about them.
     pub fn cap(&mut self, blocks: NonZeroU64) {
         self.range.cap(blocks.get());
+        self.everyone.cap(blocks.get());
     }
 
     /// The provider suggests `blocks` for the range just refused.
-    pub fn shrink(&mut self, blocks: u64) {
-        self.range.now = blocks.clamp(1, self.range.cap);
+    pub fn shrink(&mut self, way: Way, blocks: u64) {
+        let size = self.size(way);
+        size.now = blocks.clamp(1, size.cap);
     }
 
     /// A range of `blocks` was too much. `false`: it cannot be smaller.
-    pub fn halve(&mut self, blocks: u64) -> bool {
-        self.range.refuse(blocks)
+    pub fn halve(&mut self, way: Way, blocks: u64) -> bool {
+        self.size(way).refuse(blocks)
     }
 
     /// The provider takes fewer addresses in one filter than the `asked`. `false`: there cannot be fewer.
@@ -69,15 +141,31 @@ impl Limits {
     }
 
     /// The provider does not take filters without addresses.
-    pub fn refuse_topics_only(&mut self) {
-        self.by_address_only = true;
+    pub fn refuse_everyone(&mut self) {
+        self.everyone_refused = true;
     }
 
-    /// `blocks` with `addresses` in the largest filter were answered: try more next time, if that was all that is asked
-    /// for now.
-    pub fn grow(&mut self, blocks: u64, addresses: usize) {
-        self.range.answered(blocks);
-        self.addresses.answered(addresses as u64);
+    /// `blocks` with `addresses` in the largest filter were answered with `logs`: try more next time, if that was all that
+    /// is asked for now, and not more than fits into memory.
+    pub fn grow(&mut self, way: Way, blocks: u64, addresses: usize, logs: usize) {
+        let size = self.size(way);
+        size.answered(blocks);
+        if logs as u64 > LOGS_AT_ONCE {
+            size.now = size.now.min((blocks * LOGS_AT_ONCE / logs as u64).max(1));
+        }
+        match way {
+            Way::Addresses => {
+                self.addresses.answered(addresses as u64);
+                self.foreign *= FORGET;
+            }
+            Way::Everyone => {}
+        }
+    }
+
+    /// So many logs of others came with `blocks` that were asked for without addresses.
+    pub fn saw_others(&mut self, blocks: u64, logs: usize) {
+        let seen = logs as f64 / blocks as f64;
+        self.foreign = self.foreign.midpoint(seen);
     }
 }
 
@@ -140,19 +228,19 @@ mod tests {
     use super::*;
 
     fn limits(range: u64, addresses: usize) -> Limits {
-        Limits::new(NonZeroU64::new(range).unwrap(), addresses)
+        Limits::new(NonZeroU64::new(range).unwrap(), addresses, Filter::Auto)
     }
 
     /// Asks so many times of a provider that bears so many blocks and does not say so; how often it refused.
     fn refusals(limits: &mut Limits, bears: u64, requests: usize) -> usize {
         let mut refused = 0;
         for _ in 0..requests {
-            let asked = limits.range();
+            let asked = limits.range(Way::Addresses);
             if asked > bears {
-                assert!(limits.halve(asked));
+                assert!(limits.halve(Way::Addresses, asked));
                 refused += 1;
             } else {
-                limits.grow(asked, 1);
+                limits.grow(Way::Addresses, asked, 1, 0);
             }
         }
         refused
@@ -162,11 +250,11 @@ mod tests {
     fn a_cap_holds_and_a_dense_range_grows_back_to_it() {
         let mut limits = limits(2000, 1000);
         limits.cap(NonZeroU64::new(800).unwrap());
-        assert_eq!(limits.range(), 800);
-        assert!(limits.halve(800));
-        assert_eq!(limits.range(), 400);
+        assert_eq!(limits.range(Way::Addresses), 800);
+        assert!(limits.halve(Way::Addresses, 800));
+        assert_eq!(limits.range(Way::Addresses), 400);
         refusals(&mut limits, u64::MAX, 40);
-        assert_eq!(limits.range(), 800, "a cap is never exceeded");
+        assert_eq!(limits.range(Way::Addresses), 800, "a cap is never exceeded");
     }
 
     #[test]
@@ -189,16 +277,44 @@ mod tests {
             assert!(limits.fewer_addresses(count));
         }
         assert_eq!(limits.addresses(), 2, "halved from what was asked, not from the thousand");
-        limits.grow(1, 2);
+        limits.grow(Way::Addresses, 1, 2, 0);
         assert_eq!(limits.addresses(), 3);
     }
 
     #[test]
     fn a_short_last_range_does_not_count_as_borne() {
         let mut limits = limits(2000, 1000);
-        limits.halve(2000);
-        limits.grow(3, 1);
-        assert_eq!(limits.range(), 1000);
+        limits.halve(Way::Addresses, 2000);
+        limits.grow(Way::Addresses, 3, 1, 0);
+        assert_eq!(limits.range(Way::Addresses), 1000);
+    }
+
+    #[test]
+    fn the_cheaper_way_is_taken_and_kept_until_the_other_is_clearly_cheaper() {
+        let mut limits = limits(1000, 10);
+        assert_eq!(limits.way(10), Way::Addresses, "one filter is enough");
+        assert_eq!(limits.way(50), Way::Everyone, "five calls or one");
+        limits.saw_others(1000, 6000);
+        assert_eq!(limits.way(50), Way::Everyone, "three logs a block, by and by: as much as four calls");
+        (0..9).for_each(|_| limits.saw_others(1000, 10_000));
+        assert_eq!(limits.way(50), Way::Addresses, "ten a block: as much as eleven calls");
+        assert_eq!(limits.way(5000), Way::Everyone, "or five hundred");
+        limits.halve(Way::Everyone, 4);
+        assert_eq!(limits.way(1000), Way::Addresses, "two blocks at a time cost more calls");
+        assert_eq!(limits.way_by_hash(1000), Way::Everyone);
+        limits.refuse_everyone();
+        assert_eq!((limits.way(100_000), limits.way_by_hash(1000)), (Way::Addresses, Way::Addresses));
+        let told = |filter| Limits::new(NonZeroU64::new(1000).unwrap(), 10, filter).way(1000);
+        assert_eq!((told(Filter::Addresses), told(Filter::Topics)), (Way::Addresses, Way::Everyone));
+    }
+
+    #[test]
+    fn dense_blocks_are_asked_for_in_smaller_ranges() {
+        let mut limits = limits(2000, 1000);
+        limits.grow(Way::Addresses, 2000, 1, 100_000);
+        assert_eq!(limits.range(Way::Addresses), 200);
+        limits.grow(Way::Addresses, 200, 1, 4000);
+        assert_eq!(limits.range(Way::Addresses), 400);
     }
 
     proptest! {
@@ -211,11 +327,11 @@ mod tests {
             for (kind, blocks) in steps {
                 match kind {
                     0 => { limits.cap(NonZeroU64::new(blocks).unwrap()); ceiling = ceiling.min(blocks); }
-                    1 => { let asked = limits.range(); prop_assert_eq!(limits.halve(asked), asked > 1); }
+                    1 => { let asked = limits.range(Way::Addresses); prop_assert_eq!(limits.halve(Way::Addresses, asked), asked > 1); }
                     2 => { limits.cap_addresses(5); }
-                    _ => limits.grow(limits.range(), limits.addresses()),
+                    _ => limits.grow(Way::Addresses, limits.range(Way::Addresses), limits.addresses(), 0),
                 }
-                prop_assert!((1..=ceiling).contains(&limits.range()));
+                prop_assert!((1..=ceiling).contains(&limits.range(Way::Addresses)));
                 prop_assert!(limits.addresses() >= 1);
             }
         }

@@ -1,29 +1,23 @@
-//! Reading blocks: the calls, the checks that their answers are whole, and the stretch they become.
+//! Reading blocks: which calls, in which way, and the commit of what they bring.
 
-use std::collections::btree_map::Entry;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
 use alloy::primitives::{Address, B256};
 use tracing::{info, warn};
 
-use super::{Answer, BlockTag, Call, Chain, LINKED_BLOCKS, LogFilter, Refused, Scanner, Span, Step, Trouble};
+use super::ahead::{Fetched, Following, RANGES};
+use super::harvest::Harvest;
+use super::limits::Way;
+use super::{BlockTag, Call, Chain, LINKED_BLOCKS, LogFilter, Refused, Scanner, Span, Step, Trouble};
 use crate::config::Reading;
-use crate::event::{BlockRange, BlockRef, Header, Log, Recognised, Role};
-use crate::store::{Quarantined, Stretch, on_disk};
+use crate::event::{Addresses, BlockRange, BlockRef, Header};
+use crate::store::{CHUNK, Quarantined, Stretch, on_disk};
 use crate::telemetry::metrics;
 
-/// Logs of a stretch of blocks with the escrows found in them.
-#[derive(Default)]
-pub(super) struct Harvest {
-    /// Each log once, by block and log index.
-    pub(super) logs: BTreeMap<(u64, u64), Log>,
-    /// Of which fork each block with logs is.
-    forks: HashMap<u64, B256>,
-    /// Escrows not registered before, with the block that announced each.
-    fresh: HashMap<Address, BlockRef>,
-}
+/// Events in one commit, at most, unless a single block has more.
+const EVENTS_A_COMMIT: usize = 10_000;
 
 impl<C: Chain> Scanner<C> {
     /// Reads the first part of the pending blocks.
@@ -31,32 +25,54 @@ impl<C: Chain> Scanner<C> {
         let (next, target) = (pending.from(), pending.to());
         let last_final = self.finalized.unwrap_or(0).min(target);
         if next <= last_final {
-            return self.read_range(next, last_final).await;
+            return self.read_range(next, last_final, RANGES).await;
         }
         match self.settings.reading {
-            Reading::Ranged => self.read_range(next, target).await,
+            Reading::Ranged => self.read_range(next, target, 1).await,
             Reading::Linked => self.read_linked(next, target).await,
         }
     }
 
-    /// Final blocks, or all blocks where the configuration says so: by range.
-    async fn read_range(&mut self, next: u64, last: u64) -> Result<Step, Trouble> {
-        let started = Instant::now();
-        let Some(range) = BlockRange::starting_at(next, self.limits.range(), last) else {
+    /// Final blocks, or all blocks where the configuration says so: by range, some of them ahead.
+    async fn read_range(&mut self, next: u64, last: u64, at_once: usize) -> Result<Step, Trouble> {
+        if !self.ahead.begins_at(next) {
+            self.ahead.clear();
+        }
+        while self.ahead.len() < at_once {
+            let way = self.limits.way(self.store.registry().watched_len() + 1);
+            let from = self.ahead.next().unwrap_or(next);
+            let Some(range) = BlockRange::starting_at(from, self.limits.range(way), last) else {
+                break;
+            };
+            // What was accepted unfinal may have left the chain since, and be final by now on another fork.
+            let cursor = self.store.cursor().filter(|cursor| self.proven != Some(*cursor));
+            let known = cursor.filter(|_| self.ahead.is_empty());
+            let filters = self.filters(Span::Range(range), way);
+            self.ahead.ask(&self.chain, &self.decoder, known, (range, way), filters);
+        }
+        if self.ahead.is_empty() {
             return Ok(Step::Idle);
+        }
+        let following = Following {
+            decoder: self.decoder.clone(),
+            topics: Arc::clone(&self.lifecycle_topics),
+            at_once: self.limits.addresses(),
+            everyone: self.limits.everyone(),
         };
-        let blocks = range.blocks();
-        let watched = self.store.registry().watched();
-        let (end, harvest) = match self.harvest_range(range, &watched).await {
-            Err(Trouble::Refused { refused, .. }) => return Err(Trouble::Refused { refused, blocks }),
-            other => other?,
-        };
-        let Some(end) = end else {
+        let Some(fetched) = self.ahead.first(&self.chain, &following).await? else {
             // The block before is not the one that was accepted.
             return self.look_back().await;
         };
         self.suspected = None;
-        let times = self.times(&harvest, end).await?;
+        self.accept_range(fetched).await?;
+        if self.ahead.is_empty() {
+            self.store.forget_arrivals();
+        }
+        Ok(Step::Progress)
+    }
+
+    async fn accept_range(&mut self, fetched: Fetched) -> Result<(), Trouble> {
+        let Fetched { range, way, addresses, started, end, harvest } = fetched;
         let mut marks: BTreeMap<u64, BlockRef> = BTreeMap::new();
         let is_final = self.finalized.is_some_and(|finalized| range.to() <= finalized);
         if !is_final {
@@ -64,128 +80,50 @@ impl<C: Chain> Scanner<C> {
             marks.extend(harvest.logs.values().map(|log| (log.block.number, log.block)));
         }
         marks.insert(end.block.number, end.block);
-        let queried = watched.len() + harvest.fresh.len();
-        self.accept(range, harvest, &times, marks.into_values().collect(), queried, started).await?;
+        let logs = harvest.logs.len();
+        let others = self.accept(range, harvest, marks.into_values().collect(), started).await?;
         self.recent = self.recent.split_off(&(range.to() + 1));
         self.proven = is_final.then_some(end.block);
-        self.limits.grow(blocks, watched.len() + 1);
-        Ok(Step::Progress)
+        self.limits.grow(way, range.blocks(), addresses, logs);
+        if way == Way::Everyone {
+            self.limits.saw_others(range.blocks(), others);
+        }
+        Ok(())
     }
 
-    /// The logs of a range and the header of its last block; no header if the block before it forked away.
-    async fn harvest_range(
-        &self,
-        range: BlockRange,
-        watched: &[Address],
-    ) -> Result<(Option<Header>, Harvest), Trouble> {
-        // What was accepted unfinal may have left the chain since, and be final by now on another fork.
-        let cursor = self.store.cursor().filter(|cursor| self.proven != Some(*cursor));
-        let mut calls = vec![Call::Header(BlockTag::Number(range.to()))];
-        calls.extend(cursor.map(|block| Call::Header(BlockTag::Number(block.number))));
-        let heads = calls.len();
-        calls.extend(self.log_calls(Span::Range(range), Some(self.factory), watched, &self.topics));
-        let mut answers = self.ask(calls).await?;
-        let logs = answers.split_off(heads);
-        let mut headers = answers.into_iter().map(Answer::header);
-        let end = headers.next().flatten();
-        if let Some(cursor) = cursor {
-            match headers.next().flatten() {
-                Some(header) if header.block == cursor => {}
-                Some(_) => return Ok((None, Harvest::default())),
-                None => return Err(Trouble::Disagreement(format!("no header of block {}", cursor.number))),
-            }
+    /// What to ask about a span: the factory and everyone who is watched.
+    fn filters(&mut self, span: Span, way: Way) -> Vec<LogFilter> {
+        let topics = || Arc::clone(&self.topics);
+        if way == Way::Everyone {
+            return vec![LogFilter { span, addresses: Addresses::any(), topics: topics() }];
         }
-        let end = whole(range, end)?;
-        let mut harvest = Harvest::default();
-        for logs in logs {
-            harvest.gather(logs.logs(), range, &end)?;
+        let at_once = self.limits.addresses();
+        let registry = self.store.registry();
+        if at_once <= CHUNK {
+            let all: Vec<Address> = [self.factory].into_iter().chain(registry.watched()).collect();
+            let filter =
+                |part: &[Address]| LogFilter { span, addresses: part.to_vec().into(), topics: topics() };
+            return all.chunks(at_once).map(filter).collect();
         }
-        let fresh = self.discover(&mut harvest);
-        if let Some(first) = fresh.iter().map(|(_, block)| block.number).min() {
-            let span = range.tail(first).expect("announced inside the range");
-            let addresses: Vec<Address> = fresh.iter().map(|(address, _)| *address).collect();
-            let mut calls = vec![Call::Header(BlockTag::Number(range.to()))];
-            calls.extend(self.log_calls(Span::Range(span), None, &addresses, &self.lifecycle_topics));
-            let mut answers = self.ask(calls).await?.into_iter();
-            let again = whole(range, answers.next().and_then(Answer::header))?;
-            if again.block != end.block {
-                return Err(Trouble::Disagreement(format!("two headers of block {}", range.to())));
-            }
-            for logs in answers {
-                harvest.gather(logs.logs(), span, &end)?;
-            }
+        let first = registry.chunks().first().cloned().unwrap_or_default();
+        if !self.with_factory.as_ref().is_some_and(|(of, _)| of.is(&first)) {
+            let list: Vec<Address> = [self.factory].into_iter().chain(first.list().iter().copied()).collect();
+            self.with_factory = Some((first, list.into()));
         }
-        Ok((Some(end), harvest))
+        let first = self.with_factory.iter().map(|(_, list)| list);
+        let lists = first.chain(registry.chunks().iter().skip(1));
+        lists.map(|list| LogFilter { span, addresses: list.clone(), topics: topics() }).collect()
     }
 
     /// One filter for as many addresses as the provider takes.
-    pub(super) fn log_calls(
-        &self,
-        span: Span,
-        factory: Option<Address>,
-        addresses: &[Address],
-        topics: &Arc<[B256]>,
-    ) -> Vec<Call> {
-        let all: Vec<Address> = factory.iter().chain(addresses).copied().collect();
-        log_calls(span, &all, self.limits.addresses(), topics)
-    }
-
-    /// Notes the escrows announced in the harvest that are not registered yet, and returns them.
-    fn discover(&self, harvest: &mut Harvest) -> Vec<(Address, BlockRef)> {
-        let registry = self.store.registry();
-        let mut found = Vec::new();
-        for log in harvest.logs.values().filter(|log| log.address == self.factory) {
-            if let Recognised::Known(decoded) = self.signatures.recognise(Role::Announcement, log) {
-                let escrow = decoded.escrow(log);
-                let registered = registry.contains(&escrow) || registry.is_joining(&escrow);
-                if !registered && !harvest.fresh.contains_key(&escrow) {
-                    harvest.fresh.insert(escrow, log.block);
-                    found.push((escrow, log.block));
-                }
-            }
-        }
-        found
-    }
-
-    /// Times of the blocks whose logs do not say theirs.
-    pub(super) async fn times(&self, harvest: &Harvest, end: Header) -> Result<HashMap<u64, u64>, Trouble> {
-        let mut times = HashMap::from([(end.block.number, end.timestamp)]);
-        let mut missing: BTreeMap<u64, BlockRef> = BTreeMap::new();
-        for log in harvest.logs.values() {
-            match log.block_timestamp {
-                Some(time) => {
-                    times.insert(log.block.number, time);
-                }
-                None => {
-                    missing.insert(log.block.number, log.block);
-                }
-            }
-        }
-        missing.retain(|number, _| !times.contains_key(number));
-        let calls = missing.keys().map(|number| Call::Header(BlockTag::Number(*number))).collect::<Vec<_>>();
-        if calls.is_empty() {
-            return Ok(times);
-        }
-        for (answer, block) in self.ask(calls).await?.into_iter().zip(missing.values()) {
-            match answer.header() {
-                Some(header) if header.block == *block => {
-                    times.insert(block.number, header.timestamp);
-                }
-                _ => {
-                    return Err(Trouble::Disagreement(format!(
-                        "logs and header of block {} differ",
-                        block.number
-                    )));
-                }
-            }
-        }
-        Ok(times)
+    pub(super) fn log_calls(&self, span: Span, addresses: &[Address], topics: &Arc<[B256]>) -> Vec<Call> {
+        log_calls(span, addresses, self.limits.addresses(), topics)
     }
 
     /// Unfinal blocks: linked by parent hash, logs by block hash.
     async fn read_linked(&mut self, next: u64, target: u64) -> Result<Step, Trouble> {
         let started = Instant::now();
-        let count = self.linked.min(self.limits.range());
+        let count = self.linked.min(self.limits.range(Way::Addresses));
         let Some(range) = BlockRange::starting_at(next, count, target) else {
             return Ok(Step::Idle);
         };
@@ -196,27 +134,25 @@ impl<C: Chain> Scanner<C> {
             return self.look_back().await;
         }
         self.suspected = None;
-        let watched = self.store.registry().watched();
-        let everyone = self.limits.topics_only(watched.len() + 1);
-        let harvest = match self.harvest_linked(&headers, &watched, everyone).await {
+        let way = self.limits.way_by_hash(self.store.registry().watched_len() + 1);
+        let (harvest, addresses) = match self.harvest_linked(&headers, way).await {
             Err(Trouble::Refused {
                 refused: Refused::FewerAddresses(_) | Refused::Halve(_) | Refused::Unknown(_),
                 ..
-            }) if everyone => {
-                self.limits.refuse_topics_only();
+            }) if way == Way::Everyone => {
+                self.limits.refuse_everyone();
                 return Ok(Step::Progress);
             }
-            Err(Trouble::Refused { refused, .. }) => {
-                return Err(Trouble::Refused { refused, blocks: range.blocks() });
-            }
-            other => other?,
+            Err(trouble) => return Err(trouble.about(range.blocks(), Way::Addresses)),
+            Ok(harvested) => harvested,
         };
-        let times = headers.iter().map(|header| (header.block.number, header.timestamp)).collect();
         let marks = headers.iter().map(|header| header.block).collect();
-        let queried = watched.len() + harvest.fresh.len();
-        self.accept(range, harvest, &times, marks, queried, started).await?;
+        let others = self.accept(range, harvest, marks, started).await?;
         self.recent = self.recent.split_off(&(last.block.number + 1));
-        self.limits.grow(range.blocks(), if everyone { 0 } else { watched.len() + 1 });
+        match way {
+            Way::Addresses => self.limits.grow(way, range.blocks(), addresses, 0),
+            Way::Everyone => self.limits.saw_others(range.blocks(), others),
+        }
         Ok(Step::Progress)
     }
 
@@ -247,33 +183,31 @@ impl<C: Chain> Scanner<C> {
         }
     }
 
-    /// `everyone`: by hash one call without addresses covers any number of escrows; the registry picks out theirs.
-    async fn harvest_linked(
-        &self,
-        headers: &[Header],
-        watched: &[Address],
-        everyone: bool,
-    ) -> Result<Harvest, Trouble> {
+    /// The blocks' logs, and the most addresses in one filter. By hash one call without addresses covers any number of
+    /// escrows.
+    async fn harvest_linked(&mut self, headers: &[Header], way: Way) -> Result<(Harvest, usize), Trouble> {
         let mut harvest = Harvest::default();
-        let first = |span| match everyone {
-            true => {
-                let topics = Arc::clone(&self.topics);
-                vec![Call::Logs(LogFilter { span, addresses: Vec::new(), topics })]
-            }
-            false => self.log_calls(span, Some(self.factory), watched, &self.topics),
+        harvest.times = headers.iter().map(|header| (header.block.number, header.timestamp)).collect();
+        let filters = self.filters(Span::Block(B256::ZERO), way);
+        let addresses = filters.iter().map(|filter| filter.addresses.len()).max().unwrap_or(0);
+        let first = |header: &Header| {
+            let of_block =
+                |filter: &LogFilter| LogFilter { span: Span::Block(header.block.hash), ..filter.clone() };
+            filters.iter().map(of_block).map(Call::Logs).collect()
         };
-        self.gather_linked(&mut harvest, headers, |header| first(Span::Block(header.block.hash))).await?;
-        let fresh = self.discover(&mut harvest);
-        if fresh.is_empty() || everyone {
-            return Ok(harvest);
+        self.gather_linked(&mut harvest, headers, first).await?;
+        let mut harvest = harvest.prepare(&*self.chain, &self.decoder).await?;
+        let fresh = harvest.unregistered(&self.store.registry());
+        if fresh.is_empty() || way == Way::Everyone {
+            return Ok((harvest, addresses));
         }
         let again = |header: &Header| {
             let announced = fresh.iter().filter(|(_, block)| block.number <= header.block.number);
             let addresses: Vec<Address> = announced.map(|(address, _)| *address).collect();
-            self.log_calls(Span::Block(header.block.hash), None, &addresses, &self.lifecycle_topics)
+            self.log_calls(Span::Block(header.block.hash), &addresses, &self.lifecycle_topics)
         };
         self.gather_linked(&mut harvest, headers, again).await?;
-        Ok(harvest)
+        Ok((harvest.prepare(&*self.chain, &self.decoder).await?, addresses))
     }
 
     /// Asks what `calls` says for each block, all in one go.
@@ -296,22 +230,40 @@ impl<C: Chain> Scanner<C> {
         Ok(())
     }
 
-    /// Turns the harvest into a stretch and commits it.
+    /// Turns the harvest into stretches and commits them. `blocks`: those to remember, the last one the new cursor. Returns
+    /// how many logs were of others.
     async fn accept(
         &mut self,
         range: BlockRange,
         harvest: Harvest,
-        times: &HashMap<u64, u64>,
         blocks: Vec<BlockRef>,
-        queried: usize,
         started: Instant,
-    ) -> Result<(), Trouble> {
-        let mut stretch = self.stretch(&harvest, times, blocks);
+    ) -> Result<usize, Trouble> {
+        // Some escrow may have come to be registered since.
+        let harvest = harvest.prepare(&*self.chain, &self.decoder).await?;
+        let (whole, others) = harvest.stretch(&self.decoder);
+        let (from, to, found) = (range.from(), range.to(), whole.announced.len());
+        info!(from, to, events = whole.events.len(), "Processing blocks {from} to {to}");
         let is_final = self.finalized.is_some_and(|finalized| range.to() <= finalized);
-        stretch.unfinal_from = (!is_final).then_some(range.from());
-        let (from, to) = (range.from(), range.to());
-        info!(from, to, events = stretch.events.len(), "Processing blocks {from} to {to}");
-        let found = stretch.announced.len();
+        let mut next = from;
+        for mut part in parts(Stretch { blocks, ..whole }) {
+            part.finalized = self.finalized;
+            part.unfinal_from = (!is_final).then_some(next);
+            part.archive_upto = self.finalized.and_then(|block| block.checked_sub(self.archive_after));
+            next = part.blocks.last().map_or(next, |block| block.number + 1);
+            self.commit(part).await?;
+        }
+        if found > 0 {
+            info!(from, to, escrows = found, "Discovered {found} new escrows in blocks {from}-{to}");
+            let registered = self.store.registry().len();
+            info!(escrows = registered, "Registry: {registered} escrows registered");
+        }
+        let (escrows, seconds) = (self.store.registry().len(), started.elapsed().as_secs_f64());
+        info!(escrows, seconds, "Queried {escrows} escrows in {seconds:.3} s");
+        Ok(others)
+    }
+
+    async fn commit(&self, stretch: Stretch) -> Result<(), Trouble> {
         let stretch = Arc::new(stretch);
         let committed = Arc::clone(&stretch);
         let committing = Instant::now();
@@ -319,76 +271,40 @@ impl<C: Chain> Scanner<C> {
         metrics::commit_took("blocks", committing.elapsed());
         metrics::events(stretch.events.iter().map(|event| &*event.name));
         say_found(&stretch.announced, &stretch.quarantined);
-        if found > 0 {
-            info!(from, to, escrows = found, "Discovered {found} new escrows in blocks {from}-{to}");
-            let registered = self.store.registry().len();
-            info!(escrows = registered, "Registry: {registered} escrows registered");
-        }
-        let seconds = started.elapsed().as_secs_f64();
-        info!(escrows = queried, seconds, "Queried {queried} escrows in {seconds:.3} s");
         Ok(())
-    }
-
-    fn stretch(&self, harvest: &Harvest, times: &HashMap<u64, u64>, blocks: Vec<BlockRef>) -> Stretch {
-        let mut stretch = Stretch { blocks, finalized: self.finalized, ..Stretch::default() };
-        let registry = self.store.registry();
-        for log in harvest.logs.values() {
-            let registered = registry.counts(&log.address, log.block.number)
-                || harvest.fresh.get(&log.address).is_some_and(|block| log.block.number >= block.number);
-            let recognised = match log.address == self.factory {
-                true => self.signatures.recognise(Role::Announcement, log),
-                false => Recognised::Unknown,
-            };
-            let recognised = match recognised {
-                Recognised::Unknown if registered => self.signatures.recognise(Role::Lifecycle, log),
-                other => other,
-            };
-            match recognised {
-                Recognised::Unknown => {}
-                Recognised::Malformed(reason) => stretch.quarantined.push(quarantined(log, reason)),
-                Recognised::Known(decoded) => {
-                    // Every block with logs has its time by now: from its header, or from a log of it.
-                    let time = times[&log.block.number];
-                    stretch.events.push(decoded.event(self.settings.id, log, time));
-                }
-            }
-        }
-        stretch.events.sort_by_key(|event| event.order());
-        stretch.announced = harvest.fresh.iter().map(|(escrow, block)| (*escrow, *block)).collect();
-        stretch.announced.sort_by_key(|(escrow, block)| (block.number, *escrow));
-        stretch
     }
 }
 
-impl Harvest {
-    /// Adds one answer's logs. `end` is the header of the last block: the logs there must be of that fork.
-    pub(super) fn gather(&mut self, logs: Vec<Log>, range: BlockRange, end: &Header) -> Result<(), Trouble> {
-        for log in logs {
-            let number = log.block.number;
-            if !range.contains(number) {
-                return Err(Trouble::Disagreement(format!(
-                    "a log of block {number} in the answer for {range}"
-                )));
-            }
-            if number == end.block.number && log.block.hash != end.block.hash {
-                return Err(Trouble::Disagreement(format!("logs and header of block {number} differ")));
-            }
-            if *self.forks.entry(number).or_insert(log.block.hash) != log.block.hash {
-                return Err(Trouble::Disagreement(format!("logs of two forks of block {number}")));
-            }
-            match self.logs.entry((number, log.log_index)) {
-                Entry::Vacant(vacant) => {
-                    vacant.insert(log);
-                }
-                // A log said twice counts once.
-                Entry::Occupied(known) if is_same(known.get(), &log) => {}
-                Entry::Occupied(_) => {
-                    return Err(Trouble::Disagreement(format!("two logs with one index in block {number}")));
-                }
-            }
+/// Cuts a stretch between blocks, so that no commit holds too much. What was announced, or does not decode, goes with its
+/// block.
+fn parts(whole: Stretch) -> Vec<Stretch> {
+    let mut parts = Vec::new();
+    let mut rest = whole;
+    while rest.events.len() > EVENTS_A_COMMIT {
+        let Some(cut) =
+            rest.events[EVENTS_A_COMMIT - 1..].windows(2).position(|pair| pair[0].block != pair[1].block)
+        else {
+            break;
+        };
+        let events = rest.events.split_off(EVENTS_A_COMMIT + cut);
+        let last = rest.events.last().expect("there are that many").block;
+        let split = |blocks: &mut Vec<BlockRef>| {
+            blocks.split_off(blocks.partition_point(|block| block.number <= last.number))
+        };
+        let blocks = split(&mut rest.blocks);
+        // By range only the last block's hash was asked for; the log has its own block's.
+        if rest.blocks.last() != Some(&last) {
+            rest.blocks.push(last);
         }
-        Ok(())
+        let announced = rest.announced.partition_point(|(_, block)| block.number <= last.number);
+        let announced = rest.announced.split_off(announced);
+        let quarantined = rest.quarantined.partition_point(|log| log.block.0 <= last.number);
+        let quarantined = rest.quarantined.split_off(quarantined);
+        let later = Stretch { announced, events, quarantined, blocks, ..Stretch::default() };
+        parts.push(std::mem::replace(&mut rest, later));
     }
+    parts.push(rest);
+    parts
 }
 
 /// One filter for each `at_once` addresses.
@@ -399,7 +315,7 @@ pub(super) fn log_calls(
     topics: &Arc<[B256]>,
 ) -> Vec<Call> {
     let filter =
-        |chunk: &[Address]| LogFilter { span, addresses: chunk.to_vec(), topics: Arc::clone(topics) };
+        |chunk: &[Address]| LogFilter { span, addresses: chunk.to_vec().into(), topics: Arc::clone(topics) };
     addresses.chunks(at_once).map(|chunk| Call::Logs(filter(chunk))).collect()
 }
 
@@ -417,25 +333,70 @@ pub(super) fn say_found(announced: &[(Address, BlockRef)], quarantined: &[Quaran
     }
 }
 
-fn is_same(one: &Log, other: &Log) -> bool {
-    (one.transaction_hash, one.address, &one.topics, &one.data)
-        == (other.transaction_hash, other.address, &other.topics, &other.data)
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::event::{Event, Log, Recognised, Role, Signatures};
 
-/// The header of a range's last block: without it the node is behind, and an empty list of logs means nothing.
-pub(super) fn whole(range: BlockRange, end: Option<Header>) -> Result<Header, Trouble> {
-    end.filter(|header| header.block.number == range.to())
-        .ok_or_else(|| Trouble::Disagreement(format!("no header of block {}", range.to())))
-}
+    fn event(number: u64, log_index: u64) -> Event {
+        let parse = |text: &str| vec![alloy::json_abi::Event::parse(text).unwrap()];
+        let signatures = Signatures::new(&parse("A(address indexed it)"), "it", &parse("B()"), &[]).unwrap();
+        let log = Log {
+            address: Address::ZERO,
+            topics: vec![parse("B()")[0].selector()],
+            data: Default::default(),
+            block: block(number),
+            transaction_hash: B256::ZERO,
+            transaction_index: 0,
+            log_index,
+            block_timestamp: None,
+        };
+        match signatures.recognise(Role::Lifecycle, &log) {
+            Recognised::Known(decoded) => decoded.event(1, &log, 0),
+            other => panic!("{other:?}"),
+        }
+    }
 
-pub(super) fn quarantined(log: &Log, reason: String) -> Quarantined {
-    Quarantined {
-        address: log.address,
-        topics: log.topics.clone(),
-        data: log.data.to_vec(),
-        block: (log.block.number, log.block.hash),
-        transaction_hash: log.transaction_hash,
-        log_index: log.log_index,
-        reason,
+    fn block(number: u64) -> BlockRef {
+        BlockRef { number, hash: B256::from(alloy::primitives::U256::from(number)) }
+    }
+
+    #[test]
+    fn a_commit_is_bounded_at_the_end_of_a_block_and_a_single_block_may_exceed_it() {
+        let dense = |blocks: &[(u64, usize)], marks: &[u64]| Stretch {
+            events: blocks
+                .iter()
+                .flat_map(|(number, count)| (0..*count as u64).map(|index| event(*number, index)))
+                .collect(),
+            announced: blocks.iter().map(|(number, _)| (Address::ZERO, block(*number))).collect(),
+            blocks: marks.iter().map(|number| block(*number)).collect(),
+            ..Stretch::default()
+        };
+        type Row<'a> = (&'a [(u64, usize)], &'a [u64], &'a [(usize, &'a [u64])]);
+        let table: [Row<'_>; 5] = [
+            (&[(3, 5)], &[9], &[(5, &[9])]),
+            (&[(3, 6000), (5, 6000), (7, 10)], &[9], &[(12_000, &[5]), (10, &[9])]),
+            (&[(3, 25_000)], &[9], &[(25_000, &[9])]),
+            (&[(3, 10_000), (4, 10_000)], &[3, 4, 5], &[(10_000, &[3]), (10_000, &[4, 5])]),
+            (&[(1, 9_999), (2, 1), (3, 1)], &[1, 2, 3], &[(10_000, &[1, 2]), (1, &[3])]),
+        ];
+        for (blocks, marks, expected) in table {
+            let whole = dense(blocks, marks);
+            let (events, announced) = (whole.events.len(), whole.announced.len());
+            let parts = parts(whole);
+            let got: Vec<(usize, Vec<u64>)> = parts
+                .iter()
+                .map(|part| (part.events.len(), part.blocks.iter().map(|block| block.number).collect()))
+                .collect();
+            let expected: Vec<(usize, Vec<u64>)> =
+                expected.iter().map(|(events, marks)| (*events, marks.to_vec())).collect();
+            assert_eq!(got, expected, "{blocks:?}");
+            assert_eq!(parts.iter().map(|part| part.events.len()).sum::<usize>(), events);
+            assert_eq!(parts.iter().map(|part| part.announced.len()).sum::<usize>(), announced);
+            for part in &parts {
+                let last = part.blocks.last().unwrap().number;
+                assert!(part.announced.iter().all(|(_, block)| block.number <= last), "with their events");
+            }
+        }
     }
 }

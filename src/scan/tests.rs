@@ -11,6 +11,7 @@ use alloy::primitives::{Address, B256, keccak256};
 use proptest::prelude::*;
 use redb::backends::InMemoryBackend;
 
+use super::ahead::RANGES;
 use super::*;
 use crate::event::Log;
 use crate::store::{Added, Entry, Identity, Kind};
@@ -50,8 +51,14 @@ struct Fake {
     hidden: Mutex<Option<u64>>,
     /// Which logs the node leaves out without a word, and of which spans.
     left_out: Mutex<Option<LeftOut>>,
+    /// What it refuses.
+    refuses: Mutex<Option<fn(&Call) -> bool>>,
     /// What contracts say they counted.
     counted: Mutex<u64>,
+    /// Announces heads, if it is there.
+    announcer: Option<watch::Sender<Option<Header>>>,
+    /// How often announcements were missed.
+    missed: Mutex<usize>,
 }
 
 type LeftOut = Box<dyn Fn(&Log, Span) -> bool + Send>;
@@ -127,6 +134,9 @@ impl Fake {
     }
 
     fn answer(&self, call: &Call) -> Result<Answer, Refused> {
+        if self.refuses.lock().unwrap().is_some_and(|refuses| refuses(call)) {
+            return Err(Refused::FewerAddresses("please specify an address".into()));
+        }
         let blocks = self.blocks.lock().unwrap();
         let visible = &blocks[..blocks.len().saturating_sub(*self.lag.lock().unwrap()).max(1)];
         let hidden = *self.hidden.lock().unwrap();
@@ -152,7 +162,7 @@ impl Fake {
                     let logs =
                         visible.iter().filter(|block| in_span(&block.header)).flat_map(|block| &block.logs);
                     let fits = |log: &&Log| {
-                        (filter.addresses.is_empty() || filter.addresses.contains(&log.address))
+                        (filter.addresses.is_empty() || filter.addresses.list().contains(&log.address))
                             && filter.topics.contains(&log.topics[0])
                     };
                     Answer::Logs(logs.filter(fits).filter(is_told).cloned().collect())
@@ -182,6 +192,14 @@ impl Chain for Fake {
     async fn ask_another(&self, calls: Vec<Call>) -> Option<Result<Vec<Answer>, Refused>> {
         let other = self.other.lock().unwrap();
         other.as_ref().map(|other| calls.iter().map(|call| other(self, call)).collect())
+    }
+
+    fn heads(&self) -> Option<watch::Receiver<Option<Header>>> {
+        self.announcer.as_ref().map(watch::Sender::subscribe)
+    }
+
+    fn heads_are_missing(&self) {
+        *self.missed.lock().unwrap() += 1;
     }
 
     async fn ask_once(&self, calls: Vec<Call>) -> Result<Vec<Answer>, Refused> {
@@ -283,6 +301,167 @@ async fn an_idle_poll_is_one_call_and_a_new_block_two_whatever_the_confirmations
     }
 }
 
+/// A chain that announces its heads, read to its head.
+async fn announcing(confirmations: &str) -> (Arc<Fake>, Arc<Store>, Scanner<Fake>) {
+    let fake = Fake { finality: Some(64), announcer: Some(watch::Sender::new(None)), ..Fake::default() };
+    fake.extend(&[], &[]);
+    fake.extend(&[1, 2], &[]);
+    (0..5).for_each(|_| fake.extend(&[], &[]));
+    let (chain, store) = (Arc::new(fake), open_store());
+    let mut scanner = scanner(&chain, &store, &[("chain.confirmations", confirmations)], Until::Forever);
+    settle(&mut scanner).await;
+    (chain, store, scanner)
+}
+
+fn announce(chain: &Fake) {
+    let head = chain.blocks.lock().unwrap().last().unwrap().header;
+    chain.announcer.as_ref().unwrap().send_replace(Some(head));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_announced_block_is_one_round_trip_and_what_was_not_announced_is_found_by_polling() {
+    for confirmations in ["0", "2"] {
+        let (chain, store, mut scanner) = announcing(confirmations).await;
+        for _ in 0..3 {
+            chain.extend(&[], &[1]);
+            announce(&chain);
+            chain.forget();
+            assert_eq!(scanner.step().await.unwrap(), Step::Progress);
+            assert_eq!(chain.asked(), [(0, 1)], "the logs, by the hash that was announced");
+        }
+        // Two blocks, and only the second is announced.
+        chain.extend(&[], &[1]);
+        chain.extend(&[], &[2]);
+        announce(&chain);
+        chain.forget();
+        settle(&mut scanner).await;
+        assert_eq!(chain.asked(), [(1, 0), (0, 2), (1, 0)], "the header between, logs, and a poll");
+        chain.extend(&[], &[1]);
+        settle(&mut scanner).await;
+        let head = chain.blocks.lock().unwrap().len() as u64 - 1;
+        assert_eq!(store.next_block(), head + 1 - confirmations.parse::<u64>().unwrap());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_fork_that_is_announced_is_followed_and_an_announcement_that_leads_nowhere_harms_nothing() {
+    let (chain, store, mut scanner) = announcing("0").await;
+    chain.extend(&[], &[1, 1]);
+    announce(&chain);
+    settle(&mut scanner).await;
+    chain.drop_newest(1);
+    chain.extend(&[], &[2]);
+    announce(&chain);
+    settle(&mut scanner).await;
+    chain.extend(&[], &[2]);
+    announce(&chain);
+    settle(&mut scanner).await;
+    let stray = Header { parent_hash: B256::repeat_byte(7), ..chain.blocks.lock().unwrap()[3].header };
+    let block = BlockRef { number: 900, hash: B256::repeat_byte(8) };
+    chain.announcer.as_ref().unwrap().send_replace(Some(Header { block, ..stray }));
+    scanner.step().await.unwrap();
+    chain.extend(&[], &[1]);
+    announce(&chain);
+    settle(&mut scanner).await;
+    let seen: BTreeMap<u64, Entry> =
+        store.claim(99).unwrap().into_iter().map(|it| (it.position, it.entry)).collect();
+    let counts: Vec<usize> = standing(&seen).values().map(Vec::len).collect();
+    assert_eq!(counts, [2, 3], "the announcement and one approval, the announcement and two");
+    let head = chain.blocks.lock().unwrap().last().unwrap().header.block;
+    assert_eq!(store.cursor(), Some(head));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_subscription_that_announces_no_more_is_noticed() {
+    let (chain, _, mut scanner) = announcing("0").await;
+    announce(&chain);
+    for _ in 0..2 * UNANNOUNCED {
+        chain.extend(&[], &[]);
+        settle(&mut scanner).await;
+    }
+    assert_eq!(*chain.missed.lock().unwrap(), 2);
+    announce(&chain);
+    settle(&mut scanner).await;
+    chain.extend(&[], &[]);
+    announce(&chain);
+    settle(&mut scanner).await;
+    assert_eq!(*chain.missed.lock().unwrap(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn escrows_long_at_their_end_are_asked_for_no_more_and_come_back_if_they_go_on() {
+    let settings =
+        [("escrow.terminal", "Approved"), ("escrow.archive_after", "3"), ("rpc.filter", "addresses")];
+    let chain = Fake::new(Some(2));
+    chain.extend(&[1, 2, 3], &[1]);
+    let store = open_store();
+    let mut reader = scanner(&chain, &store, &settings, Until::Forever);
+    for _ in 0..8 {
+        chain.extend(&[], &[]);
+        reader.finality.asked_at = None;
+        settle(&mut reader).await;
+    }
+    assert_eq!((store.registry().len(), store.registry().watched_len()), (3, 2));
+    chain.forget();
+    chain.extend(&[], &[2]);
+    settle(&mut reader).await;
+    let asked = |chain: &Fake| -> BTreeSet<Address> {
+        let asked = chain.asked.lock().unwrap();
+        let filters = asked.iter().flatten().filter_map(|call| match call {
+            Call::Logs(filter) => Some(filter.addresses.list().to_vec()),
+            Call::Header(_) | Call::Code(_) | Call::Read { .. } => None,
+        });
+        filters.flatten().collect()
+    };
+    assert_eq!(asked(&chain), BTreeSet::from([FACTORY, escrow(2), escrow(3)]));
+
+    // Without addresses in the filter its logs are seen, and count.
+    let settings = [settings[0], settings[1], ("rpc.filter", "topics")];
+    let mut reader = scanner(&chain, &store, &settings, Until::Forever);
+    chain.extend(&[], &[1]);
+    settle(&mut reader).await;
+    assert_eq!((store.registry().len(), store.registry().watched_len()), (3, 3));
+    let of_one = entries(&store).into_iter().filter(|entry| entry.escrow == escrow(1)).count();
+    assert_eq!(of_one, 3, "announced, approved, approved");
+    for _ in 0..8 {
+        chain.extend(&[], &[]);
+        reader.finality.asked_at = None;
+        settle(&mut reader).await;
+    }
+    assert_eq!(store.registry().watched_len(), 1, "one has never ended");
+}
+
+#[tokio::test(start_paused = true)]
+async fn many_escrows_are_asked_for_by_topics_alone_unless_that_is_refused() {
+    for refuses in [false, true] {
+        let chain = Fake::new(Some(3));
+        chain.extend(&(1..=40).collect::<Vec<u8>>(), &[1, 2]);
+        (0..30).for_each(|number| chain.extend(&[], &[1 + number]));
+        let store = open_store();
+        let mut scanner =
+            scanner(&chain, &store, &[("rpc.max_addresses", "5"), ("rpc.max_range", "4")], Until::Forever);
+        let without = |call: &Call| matches!(call, Call::Logs(filter) if filter.addresses.is_empty());
+        *chain.refuses.lock().unwrap() = refuses.then_some(without);
+        settle(&mut scanner).await;
+        let sizes: Vec<usize> = chain
+            .asked
+            .lock()
+            .unwrap()
+            .iter()
+            .flatten()
+            .filter_map(|call| match call {
+                Call::Logs(filter) => Some(filter.addresses.len()),
+                Call::Header(_) | Call::Code(_) | Call::Read { .. } => None,
+            })
+            .collect();
+        assert!(sizes.contains(&0), "the cheaper way: {sizes:?}");
+        let refused = sizes.iter().filter(|size| **size == 0).count();
+        // Those under way when the first is refused are, too.
+        assert!(!refuses || refused <= RANGES && *sizes.last().unwrap() > 0, "{sizes:?}");
+        assert_eq!(entries(&store).len(), 40 + 2 + 30);
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn blocks_that_came_between_two_polls_cost_one_batch_of_headers_and_one_of_logs() {
     let chain = Fake::new(Some(64));
@@ -313,7 +492,7 @@ async fn logs_of_a_new_escrow_in_its_own_block_are_read_by_one_more_call_for_it_
             .iter()
             .flatten()
             .filter_map(|call| match call {
-                Call::Logs(filter) => Some((filter.addresses.clone(), filter.topics.len())),
+                Call::Logs(filter) => Some((filter.addresses.list().to_vec(), filter.topics.len())),
                 Call::Header(_) | Call::Code(_) | Call::Read { .. } => None,
             })
             .collect();
@@ -411,7 +590,7 @@ async fn an_absurd_head_is_forgotten_with_the_next_answer() {
 async fn two_logs_that_claim_one_place_are_not_believed() {
     let chain = Fake::new(Some(64));
     chain.extend(&[1], &[1]);
-    let mut harvest = read::Harvest::default();
+    let mut harvest = harvest::Harvest::default();
     let block = chain.blocks.lock().unwrap()[1].clone();
     let range = BlockRange::new(1, 1).unwrap();
     harvest.gather(block.logs.clone(), range, &block.header).unwrap();
@@ -621,7 +800,7 @@ proptest! {
                 }
             }
             assert_eq!(standing(&seen), truth);
-            let watched: BTreeSet<Address> = store.registry().watched().iter().copied().collect();
+            let watched: BTreeSet<Address> = store.registry().watched().collect();
             assert_eq!(watched, announced);
             let mut sequences: BTreeMap<Address, u64> = BTreeMap::new();
             for entry in seen.values() {

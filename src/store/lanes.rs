@@ -60,7 +60,9 @@ impl<'txn> Lanes<'txn> {
     pub fn join(&mut self, address: Address, block: BlockRef, late_read: u64) -> Result<bool, StoreError> {
         let known = self.touch(address)?.as_ref().map(|escrow| escrow.state);
         match known {
-            Some(EscrowState::Active | EscrowState::Joining { .. }) => return Ok(false),
+            Some(EscrowState::Active | EscrowState::Joining { .. } | EscrowState::Archived) => {
+                return Ok(false);
+            }
             Some(EscrowState::Withdrawn) | None => self.announce(address, block)?,
         }
         self.lane(address)?.state = EscrowState::Joining { late_read };
@@ -105,11 +107,22 @@ impl<'txn> Lanes<'txn> {
         Ok(())
     }
 
+    /// Asks for the escrow no more, if that block ended it.
+    pub fn archive(&mut self, address: Address, ended: u64) -> Result<bool, StoreError> {
+        let Some(escrow) = self.touch(address)? else {
+            return Ok(false);
+        };
+        let archived = escrow.state == EscrowState::Active && escrow.ended == Some(ended);
+        if archived {
+            escrow.state = EscrowState::Archived;
+        }
+        Ok(archived)
+    }
+
     /// Takes an escrow out of the registry if this block is the one that announced it.
     pub fn withdraw(&mut self, address: Address, block_hash: B256) -> Result<bool, StoreError> {
         let escrow = self.lane(address)?;
-        let standing = matches!(escrow.state, EscrowState::Active | EscrowState::Joining { .. });
-        let announced_there = escrow.announced.1 == block_hash && standing;
+        let announced_there = escrow.announced.1 == block_hash && escrow.state != EscrowState::Withdrawn;
         if announced_there {
             escrow.state = EscrowState::Withdrawn;
         }
@@ -121,6 +134,11 @@ impl<'txn> Lanes<'txn> {
         let (epoch, now) = (self.epoch, self.now);
         let escrow = self.lane(event.escrow)?;
         escrow.last_sequence += 1;
+        if escrow.state == EscrowState::Archived {
+            // It goes on after its end. Until that is long final again, it is asked for.
+            escrow.state = EscrowState::Active;
+            escrow.ended = Some(event.block.number);
+        }
         if event.ends {
             escrow.ended.get_or_insert(event.block.number);
         }

@@ -1,20 +1,31 @@
 //! The registry in memory: which addresses are watched, and which will be once their history is read.
 
-use std::collections::{BTreeMap, HashMap};
-use std::sync::Arc;
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use alloy::primitives::Address;
 use redb::ReadableTable;
 
 use super::StoreError;
 use super::schema::{Escrow, EscrowState, decode};
+use crate::event::Addresses;
 
-/// Every escrow watched, an address once.
+/// Addresses kept together as one list: with the factory as many as geth takes in one filter.
+pub const CHUNK: usize = 999;
+
+/// Every escrow registered, an address once.
 #[derive(Debug, Default)]
 pub struct Registry {
-    /// Place of each in `watched`.
-    places: HashMap<Address, usize>,
-    watched: Arc<Vec<Address>>,
+    /// Place of each that is watched: which of `chunks`, and where in it.
+    places: HashMap<Address, u32>,
+    /// All are full but the last.
+    chunks: Vec<Addresses>,
+    /// Watched since the store was opened, in the order in which they came, after the first `forgotten`.
+    arrived: Vec<Address>,
+    forgotten: u64,
+    /// Long at their end: nobody asks for them, but what they emit counts.
+    archived: HashSet<Address>,
+    /// Watched ones by the block that ended them; also some that have gone on since.
+    ended: BTreeSet<(u64, Address)>,
     /// Escrows that are joining: the late read that reads them, and the first block of theirs that counts.
     joining: BTreeMap<Address, (u64, u64)>,
     /// Watched escrows whose earlier announcement was found late: its block, and the first block that was read.
@@ -33,6 +44,7 @@ impl Registry {
             registry
                 .set(Address::from(*address.value()), Some(&decode::<Escrow>("registry", value.value())?));
         }
+        registry.forget_arrivals();
         Ok(registry)
     }
 
@@ -50,34 +62,55 @@ impl Registry {
             Some((EscrowState::Joining { late_read }, from)) => {
                 self.joining.insert(address, (late_read, from));
             }
-            Some((EscrowState::Active | EscrowState::Withdrawn, _)) | None => {
+            Some((EscrowState::Active | EscrowState::Withdrawn | EscrowState::Archived, _)) | None => {
                 self.joining.remove(&address);
             }
         }
-        let watch = row.is_some_and(|escrow| escrow.state == EscrowState::Active);
-        match (watch, self.places.get(&address).copied()) {
-            (true, None) => {
-                self.places.insert(address, self.watched.len());
-                Arc::make_mut(&mut self.watched).push(address);
-            }
-            (false, Some(place)) => {
-                let watched = Arc::make_mut(&mut self.watched);
-                watched.swap_remove(place);
-                if let Some(moved) = watched.get(place) {
-                    self.places.insert(*moved, place);
-                }
-                self.places.remove(&address);
-            }
+        match row.is_some_and(|escrow| escrow.state == EscrowState::Archived) {
+            true => self.archived.insert(address),
+            false => self.archived.remove(&address),
+        };
+        let active = row.filter(|escrow| escrow.state == EscrowState::Active);
+        self.ended.extend(active.and_then(|escrow| escrow.ended).map(|block| (block, address)));
+        match (active.is_some(), self.places.get(&address).copied()) {
+            (true, None) => self.watch(address),
+            (false, Some(place)) => self.unwatch(address, place as usize),
             (true, Some(_)) | (false, None) => {}
         }
     }
 
-    /// Whether the address is watched.
-    pub fn contains(&self, address: &Address) -> bool {
-        self.places.contains_key(address)
+    fn watch(&mut self, address: Address) {
+        self.places.insert(address, self.places.len() as u32);
+        if self.chunks.last().is_none_or(|chunk| chunk.len() == CHUNK) {
+            self.chunks.push(Addresses::default());
+        }
+        let last = self.chunks.last_mut().expect("just made");
+        last.change(|list| list.push(address));
+        self.arrived.push(address);
     }
 
-    /// Whether a log of this address in this block is an event of a watched escrow.
+    /// The last one takes its place.
+    fn unwatch(&mut self, address: Address, place: usize) {
+        let mut moved = None;
+        let last = self.chunks.last_mut().expect("whoever has a place is in a chunk");
+        last.change(|list| moved = list.pop());
+        if last.is_empty() {
+            self.chunks.pop();
+        }
+        self.places.remove(&address);
+        let moved = moved.expect("no chunk is empty");
+        if moved != address {
+            self.places.insert(moved, place as u32);
+            self.chunks[place / CHUNK].change(|list| list[place % CHUNK] = moved);
+        }
+    }
+
+    /// Whether the address is registered and joins no more.
+    pub fn contains(&self, address: &Address) -> bool {
+        self.places.contains_key(address) || self.archived.contains(address)
+    }
+
+    /// Whether a log of this address in this block is an event of a registered escrow.
     pub fn counts(&self, address: &Address, block: u64) -> bool {
         self.contains(address) && self.imported.get(address).is_none_or(|from| block >= *from)
     }
@@ -98,18 +131,62 @@ impl Registry {
         self.uncovered.iter().map(|(address, blocks)| (*address, *blocks))
     }
 
-    /// How many are watched.
+    /// How many are registered.
     pub fn len(&self) -> usize {
-        self.watched.len()
+        self.places.len() + self.archived.len()
     }
 
     /// Whether none is.
     pub fn is_empty(&self) -> bool {
-        self.watched.is_empty()
+        self.len() == 0
     }
 
-    /// All that are watched, shared: as they were when asked.
-    pub fn watched(&self) -> Arc<Vec<Address>> {
-        Arc::clone(&self.watched)
+    /// How many are watched: registered and not archived.
+    pub fn watched_len(&self) -> usize {
+        self.places.len()
+    }
+
+    /// All that are watched, in lists of [`CHUNK`], shared: as they were when asked.
+    pub fn chunks(&self) -> &[Addresses] {
+        &self.chunks
+    }
+
+    /// All that are watched.
+    pub fn watched(&self) -> impl Iterator<Item = Address> {
+        self.chunks.iter().flat_map(|chunk| chunk.list().iter().copied())
+    }
+
+    /// One of those that are watched.
+    pub fn nth_watched(&self, nth: usize) -> Address {
+        self.chunks[nth / CHUNK].list()[nth % CHUNK]
+    }
+
+    /// How many have come to be watched since the store was opened.
+    pub fn arrivals(&self) -> u64 {
+        self.forgotten + self.arrived.len() as u64
+    }
+
+    /// Those that came after the first `count`.
+    pub fn arrived_after(&self, count: u64) -> &[Address] {
+        let known = usize::try_from(count.saturating_sub(self.forgotten)).unwrap_or(usize::MAX);
+        self.arrived.get(known..).unwrap_or_default()
+    }
+
+    /// Nobody will ask for those that have come so far.
+    pub(super) fn forget_arrivals(&mut self) {
+        self.forgotten = self.arrivals();
+        self.arrived = Vec::new();
+    }
+
+    /// Watched escrows that ended in block `last` or before, at most `limit`; some may have gone on since.
+    pub(super) fn ended_upto(&self, last: u64, limit: usize) -> Vec<(u64, Address)> {
+        self.ended.iter().take_while(|(block, _)| *block <= last).take(limit).copied().collect()
+    }
+
+    /// These need not be looked at again.
+    pub(super) fn forget_ended(&mut self, ended: &[(u64, Address)]) {
+        for it in ended {
+            self.ended.remove(it);
+        }
     }
 }

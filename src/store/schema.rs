@@ -44,8 +44,8 @@ pub(super) const COUNTS_FROM: &str = "counts from ";
 /// The first block whose events all have digests.
 pub(super) const DIGESTS_FROM: &str = "digests_from";
 
-/// Version of this layout. 1 had no [`LATE_READS`] and no escrow that was [`EscrowState::Joining`]; 2 had no [`DIGESTS`] and
-/// no [`UNAUDITED`].
+/// Version of this layout. 1 had no [`LATE_READS`] and no escrow that was [`EscrowState::Joining`]; 2 had no [`DIGESTS`], no
+/// [`UNAUDITED`], and no escrow that was [`EscrowState::Archived`].
 pub(super) const SCHEMA: u32 = 3;
 const VALUE_VERSION: u8 = 1;
 /// No value is larger: what a damaged length may make us allocate, in bytes.
@@ -122,6 +122,8 @@ pub enum EscrowState {
         /// Which one.
         late_read: u64,
     },
+    /// Its end is long final: it is not asked for. A log of its that is seen all the same makes it active again.
+    Archived,
 }
 
 /// History to be read once more: for signatures that were not known when it was read, for escrows that became known

@@ -199,7 +199,7 @@ proptest! {
                 }
             }
             assert_eq!(net(&seen), truth);
-            let watched: BTreeSet<Address> = store.registry().watched().iter().copied().collect();
+            let watched: BTreeSet<Address> = store.registry().watched().collect();
             assert_eq!(watched, since.keys().copied().collect());
             let mut sequences: BTreeMap<Address, u64> = BTreeMap::new();
             for entry in seen.values() {

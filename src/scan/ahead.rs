@@ -1,0 +1,247 @@
+//! Final ranges, several under way at once and handed out in order.
+//!
+//! A range is asked for with the escrows known then. When its logs are there, and those of all ranges before it, it is
+//! known which escrows were announced meanwhile: their logs in it are asked for at once, not only when its turn comes.
+
+use std::collections::{HashSet, VecDeque};
+use std::sync::Arc;
+use std::time::Instant;
+
+use alloy::primitives::{Address, B256};
+use futures_util::future::select_all;
+use tokio_util::task::AbortOnDropHandle;
+
+use super::harvest::{Ask, Decoder, Harvest, ask_range};
+use super::limits::Way;
+use super::read::log_calls;
+use super::{Call, Chain, LogFilter, Span, Trouble};
+use crate::event::{Addresses, BlockRange, BlockRef, Header};
+
+/// Ranges under way at once: bounds what is in memory.
+pub(super) const RANGES: usize = 4;
+
+/// A range whose logs are all there.
+pub(super) struct Fetched {
+    pub range: BlockRange,
+    pub way: Way,
+    /// Addresses in the largest filter.
+    pub addresses: usize,
+    pub started: Instant,
+    pub end: Header,
+    pub harvest: Harvest,
+}
+
+#[derive(Default)]
+pub(super) struct Ahead {
+    slots: VecDeque<Slot>,
+}
+
+struct Slot {
+    range: BlockRange,
+    way: Way,
+    /// The way of what is under way: what turned up may be asked for otherwise.
+    asking: Way,
+    addresses: usize,
+    started: Instant,
+    /// Escrows watched when it was asked for.
+    arrivals: u64,
+    state: State,
+    /// Announced in it and not registered then, once that is known.
+    fresh: Option<Vec<(Address, BlockRef)>>,
+    /// Asked for afterwards.
+    followed: HashSet<Address>,
+}
+
+/// The header of the range's last block, and the logs.
+type There = (Header, Harvest);
+type Asking = AbortOnDropHandle<Result<Option<Box<There>>, Trouble>>;
+
+enum State {
+    Asking(Asking),
+    There(Box<There>),
+    /// The block before left the chain.
+    Forked,
+    Refused(Trouble),
+    /// Between two of the others.
+    Changing,
+}
+
+/// How to ask for what turned up: it may differ from range to range.
+pub(super) struct Following {
+    pub decoder: Decoder,
+    pub topics: Arc<[B256]>,
+    /// Addresses in one filter.
+    pub at_once: usize,
+    /// Blocks that can be asked for without addresses; 0: none.
+    pub everyone: u64,
+}
+
+impl Ahead {
+    pub fn is_empty(&self) -> bool {
+        self.slots.is_empty()
+    }
+
+    pub fn len(&self) -> usize {
+        self.slots.len()
+    }
+
+    /// The block after the last one asked for.
+    pub fn next(&self) -> Option<u64> {
+        self.slots.back().map(|slot| slot.range.to() + 1)
+    }
+
+    /// Whether the next range to hand out begins there.
+    pub fn begins_at(&self, block: u64) -> bool {
+        self.slots.front().is_none_or(|slot| slot.range.from() == block)
+    }
+
+    /// What is under way is of no use any more.
+    pub fn clear(&mut self) {
+        self.slots.clear();
+    }
+
+    /// Asks for a range. `known`: a block before it that must still be on the chain.
+    pub fn ask<C: Chain>(
+        &mut self,
+        chain: &Arc<C>,
+        decoder: &Decoder,
+        known: Option<BlockRef>,
+        (range, way): (BlockRange, Way),
+        filters: Vec<LogFilter>,
+    ) {
+        let addresses = filters.iter().map(|filter| filter.addresses.len()).max().unwrap_or(0);
+        let logs = filters.into_iter().map(Call::Logs).collect();
+        let ask = Ask { range, known, end: None, logs };
+        let arrivals = decoder.store.registry().arrivals();
+        let state = asking(Arc::clone(chain), decoder.clone(), ask, Harvest::default());
+        let (started, followed) = (Instant::now(), HashSet::new());
+        let asking = way;
+        self.slots.push_back(Slot {
+            range,
+            way,
+            asking,
+            addresses,
+            started,
+            arrivals,
+            state,
+            fresh: None,
+            followed,
+        });
+    }
+
+    /// The first range, when it is there. `None`: the block before it left the chain.
+    pub async fn first<C: Chain>(
+        &mut self,
+        chain: &Arc<C>,
+        following: &Following,
+    ) -> Result<Option<Fetched>, Trouble> {
+        loop {
+            self.follow(chain, following);
+            let first = self.slots.front_mut().expect("somebody asked");
+            match std::mem::replace(&mut first.state, State::Changing) {
+                State::There(there) => {
+                    let (end, harvest) = *there;
+                    let Slot { range, way, addresses, started, .. } = self.slots.pop_front().expect("it is");
+                    return Ok(Some(Fetched { range, way, addresses, started, end, harvest }));
+                }
+                State::Forked => return Ok(None),
+                State::Refused(trouble) => return Err(trouble.about(first.range.blocks(), first.asking)),
+                asking @ (State::Asking(_) | State::Changing) => first.state = asking,
+            }
+            self.wait().await;
+        }
+    }
+
+    /// Waits until one of those under way is there.
+    async fn wait(&mut self) {
+        let under_way = self.slots.iter_mut().enumerate().filter_map(|(place, slot)| match &mut slot.state {
+            State::Asking(asking) => Some(Box::pin(async move { (place, asking.await) })),
+            State::There(..) | State::Forked | State::Refused(_) | State::Changing => None,
+        });
+        let ((place, asked), ..) = select_all(under_way).await;
+        self.slots[place].state = match asked {
+            Ok(Ok(Some(there))) => State::There(there),
+            Ok(Ok(None)) => State::Forked,
+            Ok(Err(trouble)) => State::Refused(trouble),
+            Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
+        };
+    }
+
+    /// Asks for the logs of escrows that were not known when a range was asked for.
+    fn follow<C: Chain>(&mut self, chain: &Arc<C>, following: &Following) {
+        let mut earlier: Vec<Address> = Vec::new();
+        for slot in &mut self.slots {
+            if let (State::There(there), None) = (&slot.state, &slot.fresh) {
+                slot.fresh = Some(there.1.unregistered(&following.decoder.store.registry()));
+            }
+            let Some(fresh) = &slot.fresh else {
+                // What it announces is not known yet, so nothing is of those after it.
+                return;
+            };
+            if slot.way == Way::Addresses && matches!(slot.state, State::There(..)) {
+                let news = news(following, slot, &earlier, fresh);
+                if let Some((from, addresses)) = news {
+                    slot.follow(chain, following, from, addresses);
+                }
+            }
+            earlier.extend(slot.fresh.iter().flatten().map(|(escrow, _)| *escrow));
+        }
+    }
+}
+
+/// Escrows whose logs were not asked for, and the first block in which they may have some.
+fn news(
+    following: &Following,
+    slot: &Slot,
+    earlier: &[Address],
+    fresh: &[(Address, BlockRef)],
+) -> Option<(u64, Vec<Address>)> {
+    let registry = following.decoder.store.registry();
+    let start = slot.range.from();
+    let arrived = registry.arrived_after(slot.arrivals).iter();
+    let since_then = arrived.chain(earlier).map(|escrow| (*escrow, start));
+    let news = since_then.chain(fresh.iter().map(|(escrow, block)| (*escrow, block.number)));
+    let mut seen = HashSet::new();
+    let news: Vec<(Address, u64)> =
+        news.filter(|(escrow, _)| !slot.followed.contains(escrow) && seen.insert(*escrow)).collect();
+    let from = news.iter().map(|(_, block)| *block).min()?;
+    Some((from, news.into_iter().map(|(escrow, _)| escrow).collect()))
+}
+
+impl Slot {
+    fn follow<C: Chain>(
+        &mut self,
+        chain: &Arc<C>,
+        following: &Following,
+        from: u64,
+        addresses: Vec<Address>,
+    ) {
+        let State::There(there) = std::mem::replace(&mut self.state, State::Changing) else {
+            unreachable!("only what is there is followed up");
+        };
+        let (end, harvest) = *there;
+        let span = self.range.tail(from).expect("announced inside the range, or before");
+        let many = addresses.len() > following.at_once && span.blocks() <= following.everyone;
+        self.asking = if many { Way::Everyone } else { Way::Addresses };
+        let logs = match self.asking {
+            Way::Everyone => {
+                let topics = Arc::clone(&following.topics);
+                vec![Call::Logs(LogFilter { span: Span::Range(span), addresses: Addresses::any(), topics })]
+            }
+            Way::Addresses => log_calls(Span::Range(span), &addresses, following.at_once, &following.topics),
+        };
+        self.followed.extend(addresses);
+        let ask = Ask { range: span, known: None, end: Some(end.block), logs };
+        self.state = asking(Arc::clone(chain), following.decoder.clone(), ask, harvest);
+    }
+}
+
+fn asking<C: Chain>(chain: Arc<C>, decoder: Decoder, ask: Ask, mut harvest: Harvest) -> State {
+    let asked = async move {
+        match ask_range(&*chain, ask, &mut harvest).await? {
+            Some(end) => Ok(Some(Box::new((end, harvest.prepare(&*chain, &decoder).await?)))),
+            None => Ok(None),
+        }
+    };
+    State::Asking(AbortOnDropHandle::new(tokio::spawn(asked)))
+}

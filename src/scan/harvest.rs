@@ -1,0 +1,313 @@
+//! The logs of a stretch of blocks: whether they can be believed, and what they say.
+
+use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
+
+use alloy::primitives::{Address, B256};
+
+use super::{Answer, BlockTag, Call, Chain, Trouble};
+use crate::event::{BlockRange, BlockRef, Event, Header, Log, Recognised, Role, Signatures};
+use crate::store::{Place, Quarantined, Registry, Store, Stretch};
+
+/// Logs decoded by one thread at a time, at least: below it another one is not worth its start.
+const LOGS_A_THREAD: usize = 500;
+
+/// What it takes to make an event of a log.
+#[derive(Clone)]
+pub(super) struct Decoder {
+    pub chain_id: u64,
+    pub factory: Address,
+    pub signatures: Arc<Signatures>,
+    pub store: Arc<Store>,
+}
+
+/// Logs of a stretch of blocks with the escrows found in them.
+#[derive(Default)]
+pub(super) struct Harvest {
+    /// Each log once.
+    pub logs: BTreeMap<Place, Log>,
+    /// Of which fork each block with logs is.
+    forks: HashMap<u64, B256>,
+    /// Times of blocks whose logs do not say theirs.
+    pub times: HashMap<u64, u64>,
+    /// Which escrow each announcement names.
+    pub announced: BTreeMap<Place, (Address, BlockRef)>,
+    /// Gathered and not decoded: since the last time, or because it is not of a contract that is ours.
+    fresh_logs: Vec<Place>,
+    /// Events already encoded.
+    ready: HashMap<Place, Event>,
+}
+
+impl Harvest {
+    /// Adds one answer's logs. `end` is the header of the last block: the logs there must be of that fork.
+    pub fn gather(&mut self, logs: Vec<Log>, range: BlockRange, end: &Header) -> Result<(), Trouble> {
+        for log in logs {
+            let number = log.block.number;
+            if !range.contains(number) {
+                return Err(Trouble::Disagreement(format!(
+                    "a log of block {number} in the answer for {range}"
+                )));
+            }
+            if number == end.block.number && log.block.hash != end.block.hash {
+                return Err(Trouble::Disagreement(format!("logs and header of block {number} differ")));
+            }
+            if *self.forks.entry(number).or_insert(log.block.hash) != log.block.hash {
+                return Err(Trouble::Disagreement(format!("logs of two forks of block {number}")));
+            }
+            let place = (number, log.log_index);
+            match self.logs.entry(place) {
+                Entry::Vacant(vacant) => {
+                    vacant.insert(log);
+                    self.fresh_logs.push(place);
+                }
+                // A log said twice counts once.
+                Entry::Occupied(known) if is_same(known.get(), &log) => {}
+                Entry::Occupied(_) => {
+                    return Err(Trouble::Disagreement(format!("two logs with one index in block {number}")));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Asks for the times that the logs do not say.
+    pub async fn know_times<C: Chain>(&mut self, chain: &C) -> Result<(), Trouble> {
+        let places: Vec<Place> = self.logs.keys().copied().collect();
+        match self.untimed(&places) {
+            untimed if untimed.is_empty() => Ok(()),
+            untimed => self.ask_times(chain, untimed).await,
+        }
+    }
+
+    /// The time of a log's block, as far as it is known.
+    pub fn time_of(&self, log: &Log) -> Option<u64> {
+        log.block_timestamp.or_else(|| self.times.get(&log.block.number).copied())
+    }
+
+    /// Reads the announcements among what was gathered.
+    fn read_announcements(&mut self, decoder: &Decoder) {
+        for place in &self.fresh_logs {
+            let log = &self.logs[place];
+            if log.address != decoder.factory {
+                continue;
+            }
+            if let Recognised::Known(decoded) = decoder.signatures.recognise(Role::Announcement, log) {
+                self.announced.insert(*place, (decoded.escrow(log), log.block));
+                if let Some(time) = self.time_of(log) {
+                    self.ready.insert(*place, decoded.event(decoder.chain_id, log, time));
+                }
+            }
+        }
+    }
+
+    /// What is gathered and not decoded of contracts that are ours. Of others (filters without addresses bring them) is kept
+    /// which they are: they may turn out to be ours.
+    fn take_ours(&mut self, decoder: &Decoder) -> Vec<Place> {
+        let registry = decoder.store.registry();
+        let announced: HashSet<Address> = self.announced.values().map(|(escrow, _)| *escrow).collect();
+        let is_ours = |place: &Place| {
+            let address = &self.logs[place].address;
+            *address == decoder.factory || registry.contains(address) || announced.contains(address)
+        };
+        let (mut ours, others): (Vec<Place>, Vec<Place>) =
+            std::mem::take(&mut self.fresh_logs).into_iter().partition(is_ours);
+        self.fresh_logs = others;
+        ours.retain(|place| !self.ready.contains_key(place));
+        ours
+    }
+
+    /// The blocks whose times are still unknown, of logs that may be events.
+    fn untimed(&self, places: &[Place]) -> BTreeMap<u64, BlockRef> {
+        let logs = places.iter().map(|place| &self.logs[place]);
+        let untimed = logs.filter(|log| self.time_of(log).is_none());
+        untimed.map(|log| (log.block.number, log.block)).collect()
+    }
+
+    /// Decodes and encodes these logs, on as many cores as there is work for.
+    fn decode(&mut self, decoder: &Decoder, places: &[Place]) {
+        let logs = |part: &[Place]| -> Vec<(Place, Event)> {
+            let decoded = part.iter().filter_map(|place| {
+                let log = &self.logs[place];
+                let time = self.time_of(log)?;
+                if log.address == decoder.factory {
+                    return None;
+                }
+                match decoder.signatures.recognise(Role::Lifecycle, log) {
+                    Recognised::Known(decoded) => Some((*place, decoded.event(decoder.chain_id, log, time))),
+                    // Said where it is known whether it counts.
+                    Recognised::Malformed(_) | Recognised::Unknown => None,
+                }
+            });
+            decoded.collect()
+        };
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let part = places.len().div_ceil(cores).max(LOGS_A_THREAD);
+        let decoded: Vec<Vec<(Place, Event)>> = match places.len() > part {
+            false => vec![logs(places)],
+            true => std::thread::scope(|scope| {
+                let threads: Vec<_> = places.chunks(part).map(|part| scope.spawn(|| logs(part))).collect();
+                threads.into_iter().map(|it| it.join().expect("decoding does not panic")).collect()
+            }),
+        };
+        self.ready.extend(decoded.into_iter().flatten());
+    }
+
+    /// Makes events of what was gathered, as far as it can be said by now which logs are; asks for times that are missing.
+    pub async fn prepare<C: Chain>(mut self, chain: &C, decoder: &Decoder) -> Result<Self, Trouble> {
+        self.read_announcements(decoder);
+        let places = self.take_ours(decoder);
+        let untimed = self.untimed(&places);
+        if !untimed.is_empty() {
+            self.ask_times(chain, untimed).await?;
+        }
+        if places.len() < LOGS_A_THREAD {
+            self.decode(decoder, &places);
+            return Ok(self);
+        }
+        let decoder = decoder.clone();
+        let decoding = tokio::task::spawn_blocking(move || {
+            self.decode(&decoder, &places);
+            self
+        });
+        match decoding.await {
+            Ok(harvest) => Ok(harvest),
+            Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
+        }
+    }
+
+    async fn ask_times<C: Chain>(
+        &mut self,
+        chain: &C,
+        blocks: BTreeMap<u64, BlockRef>,
+    ) -> Result<(), Trouble> {
+        let calls = blocks.keys().map(|number| Call::Header(BlockTag::Number(*number))).collect();
+        let answers = chain.ask(calls).await.map_err(Trouble::refused)?;
+        for (answer, block) in answers.into_iter().zip(blocks.values()) {
+            match answer.header() {
+                Some(header) if header.block == *block => {
+                    self.times.insert(block.number, header.timestamp);
+                }
+                _ => {
+                    let number = block.number;
+                    return Err(Trouble::Disagreement(format!("logs and header of block {number} differ")));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Escrows announced here that are not registered, with the block that announced each first.
+    pub fn unregistered(&self, registry: &Registry) -> Vec<(Address, BlockRef)> {
+        let mut seen = HashSet::new();
+        let is_new = |escrow: &Address| !registry.contains(escrow) && !registry.is_joining(escrow);
+        let announced = self.announced.values().copied();
+        announced.filter(|(escrow, _)| is_new(escrow) && seen.insert(*escrow)).collect()
+    }
+
+    /// What these blocks bring: the events of registered escrows and of those announced here. Also, how many of the logs
+    /// are of others.
+    pub fn stretch(mut self, decoder: &Decoder) -> (Stretch, usize) {
+        let registry = decoder.store.registry();
+        let fresh: HashMap<Address, BlockRef> = self.unregistered(&registry).into_iter().collect();
+        let mut stretch = Stretch::default();
+        let mut others = 0;
+        for (place, log) in &self.logs {
+            let registered = registry.counts(&log.address, log.block.number)
+                || fresh.get(&log.address).is_some_and(|block| log.block.number >= block.number);
+            let by_factory = log.address == decoder.factory;
+            if let Some(event) = self.ready.remove(place)
+                && (event.announces || registered)
+            {
+                stretch.events.push(event);
+                continue;
+            }
+            others += usize::from(!registered && !by_factory);
+            let recognised = match by_factory {
+                true => decoder.signatures.recognise(Role::Announcement, log),
+                false => Recognised::Unknown,
+            };
+            let recognised = match recognised {
+                Recognised::Unknown if registered => decoder.signatures.recognise(Role::Lifecycle, log),
+                other => other,
+            };
+            match recognised {
+                Recognised::Unknown => {}
+                Recognised::Malformed(reason) => stretch.quarantined.push(quarantined(log, reason)),
+                Recognised::Known(decoded) => {
+                    let time = self.time_of(log).expect("what may be an event has its time by now");
+                    stretch.events.push(decoded.event(decoder.chain_id, log, time));
+                }
+            }
+        }
+        stretch.events.sort_by_key(|event| event.order());
+        stretch.announced = fresh.into_iter().collect();
+        stretch.announced.sort_by_key(|(escrow, block)| (block.number, *escrow));
+        (stretch, others)
+    }
+}
+
+fn is_same(one: &Log, other: &Log) -> bool {
+    (one.transaction_hash, one.address, &one.topics, &one.data)
+        == (other.transaction_hash, other.address, &other.topics, &other.data)
+}
+
+/// The header of a range's last block: without it the node is behind, and an empty list of logs means nothing.
+pub(super) fn whole(range: BlockRange, end: Option<Header>) -> Result<Header, Trouble> {
+    end.filter(|header| header.block.number == range.to())
+        .ok_or_else(|| Trouble::Disagreement(format!("no header of block {}", range.to())))
+}
+
+pub(super) fn quarantined(log: &Log, reason: String) -> Quarantined {
+    Quarantined {
+        address: log.address,
+        topics: log.topics.clone(),
+        data: log.data.to_vec(),
+        block: (log.block.number, log.block.hash),
+        transaction_hash: log.transaction_hash,
+        log_index: log.log_index,
+        reason,
+    }
+}
+
+/// The calls for a range, and what came of them: the header of its last block and its logs.
+pub(super) struct Ask {
+    pub range: BlockRange,
+    /// A block that must still be on the chain.
+    pub known: Option<BlockRef>,
+    /// The last block as it was told before.
+    pub end: Option<BlockRef>,
+    pub logs: Vec<Call>,
+}
+
+/// `None`: the known block left the chain.
+pub(super) async fn ask_range<C: Chain>(
+    chain: &C,
+    ask: Ask,
+    harvest: &mut Harvest,
+) -> Result<Option<Header>, Trouble> {
+    let Ask { range, known, end: told, logs } = ask;
+    let mut calls = vec![Call::Header(BlockTag::Number(range.to()))];
+    calls.extend(known.map(|block| Call::Header(BlockTag::Number(block.number))));
+    let heads = calls.len();
+    calls.extend(logs);
+    let mut answers = chain.ask(calls).await.map_err(Trouble::refused)?;
+    let logs = answers.split_off(heads);
+    let mut headers = answers.into_iter().map(Answer::header);
+    let end = headers.next().flatten();
+    if let Some(known) = known {
+        match headers.next().flatten() {
+            Some(header) if header.block == known => {}
+            Some(_) => return Ok(None),
+            None => return Err(Trouble::Disagreement(format!("no header of block {}", known.number))),
+        }
+    }
+    let end = whole(range, end)?;
+    if told.is_some_and(|told| told != end.block) {
+        return Err(Trouble::Disagreement(format!("two headers of block {}", range.to())));
+    }
+    for logs in logs {
+        harvest.gather(logs.logs(), range, &end)?;
+    }
+    Ok(Some(end))
+}

@@ -3,6 +3,7 @@
 //! A [`Log`] is what the node answered. [`Signatures`] turns it into an [`Event`]: decoded once, encoded once,
 //! lacking only its sequence number, which the store assigns in the commit.
 
+mod extent;
 mod message;
 mod signature;
 #[cfg(test)]

@@ -363,6 +363,19 @@ impl Running {
         self.ended().await
     }
 
+    /// Waits for its own end; also, how much memory it had at most, in KiB (Linux; else 0).
+    pub async fn ended_with_peak(mut self) -> (Finished, u64) {
+        let status = format!("/proc/{}/status", self.child.id().expect("it is not waited for yet"));
+        let mut peak = 0;
+        while tokio::time::timeout(Duration::from_millis(20), self.child.wait()).await.is_err() {
+            let text = std::fs::read_to_string(&status).unwrap_or_default();
+            let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+            let kib = line.and_then(|line| line.split_whitespace().next()?.parse().ok());
+            peak = kib.unwrap_or(peak);
+        }
+        (self.ended().await, peak)
+    }
+
     /// Waits for its own end.
     pub async fn ended(mut self) -> Finished {
         let status = match tokio::time::timeout(PATIENCE, self.child.wait()).await {

@@ -33,6 +33,10 @@ pub enum Fault {
     Errors(i64, &'static str),
     /// One error for the whole request.
     OneError(i64, &'static str),
+    /// The node answers, and this is made of it: by the calls asked, the answers to them.
+    Edited(fn(&[Value], &mut Vec<Value>)),
+    /// The same, with this status.
+    EditedStatus(u16, fn(&[Value], &mut Vec<Value>)),
     /// A node so many blocks behind answers, which does not say so.
     Behind(u64),
     /// Such a node answers every second call, another the rest.
@@ -43,7 +47,11 @@ pub enum Fault {
 enum Node {
     Url(String, reqwest::Client),
     Fake(Arc<FakeChain>),
+    /// The answer to each call, as text.
+    Text(Box<TextNode>),
 }
+
+type TextNode = dyn Fn(&Value) -> String + Send + Sync;
 
 type Decide = dyn Fn(usize, &[Value]) -> Fault + Send + Sync;
 
@@ -69,6 +77,11 @@ impl Faults {
     /// The same before a chain in memory.
     pub async fn fake(chain: Arc<FakeChain>) -> Faults {
         Self::before(Node::Fake(chain)).await
+    }
+
+    /// Before a node that is a function: the result for a call, as JSON text. For answers too large to build as values.
+    pub async fn answering(result: impl Fn(&Value) -> String + Send + Sync + 'static) -> Faults {
+        Self::before(Node::Text(Box::new(result))).await
     }
 
     async fn before(node: Node) -> Faults {
@@ -131,7 +144,12 @@ async fn serve(stream: TcpStream, shared: Arc<Shared>) -> Option<()> {
         let decide = Arc::clone(&shared.decide.lock().expect("no panic while held"));
         let (mut status, mut header, mut cut) = (200, "", false);
         let answer = match decide(number, &calls) {
-            Fault::Pass => shared.ask(&asked).await?.to_string(),
+            Fault::Pass => shared.text(&asked).await?,
+            Fault::Edited(edit) => shared.edited(&asked, &calls, edit).await?,
+            Fault::EditedStatus(code, edit) => {
+                status = code;
+                shared.edited(&asked, &calls, edit).await?
+            }
             Fault::Behind(blocks) => shared.ask_one_behind(&asked, calls, blocks, 1).await?.to_string(),
             Fault::SomeBehind(blocks) => shared.ask_one_behind(&asked, calls, blocks, 2).await?.to_string(),
             Fault::Truncated => {
@@ -172,10 +190,33 @@ async fn serve(stream: TcpStream, shared: Arc<Shared>) -> Option<()> {
 }
 
 impl Shared {
+    async fn text(&self, asked: &Value) -> Option<String> {
+        match &self.node {
+            Node::Text(result) => Some(answer_in_text(result, asked)),
+            Node::Url(..) | Node::Fake(_) => Some(self.ask(asked).await?.to_string()),
+        }
+    }
+
+    async fn edited(
+        &self,
+        asked: &Value,
+        calls: &[Value],
+        edit: fn(&[Value], &mut Vec<Value>),
+    ) -> Option<String> {
+        let mut answers = match self.ask(asked).await? {
+            Value::Array(answers) => answers,
+            answer => vec![answer],
+        };
+        edit(calls, &mut answers);
+        let whole = asked.is_array() || answers.len() != 1;
+        Some(if whole { Value::Array(answers) } else { answers.remove(0) }.to_string())
+    }
+
     async fn ask(&self, asked: &Value) -> Option<Value> {
         let (url, http) = match &self.node {
             Node::Url(url, http) => (url, http),
             Node::Fake(chain) => return Some(chain.answer(asked)),
+            Node::Text(result) => return serde_json::from_str(&answer_in_text(result, asked)).ok(),
         };
         let request = http.post(url).header("content-type", "application/json");
         let answer = request.body(asked.to_string()).send().await.ok()?.bytes().await.ok()?;
@@ -243,6 +284,15 @@ impl Shared {
             _ => {}
         }
         Some(None)
+    }
+}
+
+fn answer_in_text(result: &TextNode, asked: &Value) -> String {
+    let one =
+        |call: &Value| format!("{{\"jsonrpc\":\"2.0\",\"id\":{},\"result\":{}}}", call["id"], result(call));
+    match asked {
+        Value::Array(calls) => format!("[{}]", calls.iter().map(one).collect::<Vec<_>>().join(",")),
+        call => one(call),
     }
 }
 

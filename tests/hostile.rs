@@ -314,7 +314,7 @@ async fn a_block_full_of_events_is_relayed_whole() {
         std::env::var(name).map_or(default, |number| number.parse().expect("a number"))
     };
     // As many as a debug build relays in ten seconds; `ESCROWS=1000 EACH=1000` makes it a million.
-    let (escrows, each) = (number("ESCROWS", 20), number("EACH", 2_500));
+    let (escrows, each) = (number("ESCROWS", 20), number("EACH", 1_500));
     let faults = Faults::answering(full_block(escrows, each)).await;
     let setup =
         setup(&faults.url()).with("RELAYER_SINK__KIND", "file").with("RELAYER_SINK__PATH", "events.jsonl");

@@ -382,7 +382,8 @@ impl Running {
             Ok(status) => status.expect("it can be waited for"),
             Err(_) => panic!("it does not end"),
         };
-        for reader in self.readers {
+        // Whoever waited for something it did not live to see has waited for these already.
+        for reader in self.readers.into_iter().filter(|reader| !reader.is_finished()) {
             reader.await.expect("reading does not panic");
         }
         let Texts { out, err } = self.output.texts();

@@ -33,14 +33,29 @@ pub enum Fault {
     Errors(i64, &'static str),
     /// One error for the whole request.
     OneError(i64, &'static str),
-    /// The node answers, and this is made of it: by the calls asked, the answers to them.
-    Edited(fn(&[Value], &mut Vec<Value>)),
-    /// The same, with this status.
-    EditedStatus(u16, fn(&[Value], &mut Vec<Value>)),
+    /// The node answers, and this is made of it, with this status.
+    Edited(u16, Edit),
     /// A node so many blocks behind answers, which does not say so.
     Behind(u64),
     /// Such a node answers every second call, another the rest.
     SomeBehind(u64),
+}
+
+/// Makes of the answers to these calls what is sent.
+#[derive(Clone)]
+pub struct Edit(Arc<dyn Fn(&[Value], &mut Vec<Value>) + Send + Sync>);
+
+impl std::fmt::Debug for Edit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Edit")
+    }
+}
+
+impl Fault {
+    /// The node answers, and `edit` makes something else of it: by the calls asked, the answers to them.
+    pub fn edited(edit: impl Fn(&[Value], &mut Vec<Value>) + Send + Sync + 'static) -> Fault {
+        Fault::Edited(200, Edit(Arc::new(edit)))
+    }
 }
 
 /// Who answers behind the server.
@@ -145,10 +160,9 @@ async fn serve(stream: TcpStream, shared: Arc<Shared>) -> Option<()> {
         let (mut status, mut header, mut cut) = (200, "", false);
         let answer = match decide(number, &calls) {
             Fault::Pass => shared.text(&asked).await?,
-            Fault::Edited(edit) => shared.edited(&asked, &calls, edit).await?,
-            Fault::EditedStatus(code, edit) => {
+            Fault::Edited(code, edit) => {
                 status = code;
-                shared.edited(&asked, &calls, edit).await?
+                shared.edited(&asked, &calls, &edit).await?
             }
             Fault::Behind(blocks) => shared.ask_one_behind(&asked, calls, blocks, 1).await?.to_string(),
             Fault::SomeBehind(blocks) => shared.ask_one_behind(&asked, calls, blocks, 2).await?.to_string(),
@@ -197,19 +211,13 @@ impl Shared {
         }
     }
 
-    async fn edited(
-        &self,
-        asked: &Value,
-        calls: &[Value],
-        edit: fn(&[Value], &mut Vec<Value>),
-    ) -> Option<String> {
+    async fn edited(&self, asked: &Value, calls: &[Value], edit: &Edit) -> Option<String> {
         let mut answers = match self.ask(asked).await? {
             Value::Array(answers) => answers,
             answer => vec![answer],
         };
-        edit(calls, &mut answers);
-        let whole = asked.is_array() || answers.len() != 1;
-        Some(if whole { Value::Array(answers) } else { answers.remove(0) }.to_string())
+        (edit.0)(calls, &mut answers);
+        Some(if asked.is_array() { Value::Array(answers) } else { answers.pop()? }.to_string())
     }
 
     async fn ask(&self, asked: &Value) -> Option<Value> {

@@ -43,7 +43,9 @@ pub enum Fault {
 
 /// Makes of the answers to these calls what is sent.
 #[derive(Clone)]
-pub struct Edit(Arc<dyn Fn(&[Value], &mut Vec<Value>) + Send + Sync>);
+pub struct Edit(Arc<EditAnswers>);
+
+type EditAnswers = dyn Fn(&[Value], &mut Vec<Value>) + Send + Sync;
 
 impl std::fmt::Debug for Edit {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

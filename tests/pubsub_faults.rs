@@ -12,6 +12,7 @@ use common::pubsub::{Attempt, Code};
 use common::relay::truth::Truth;
 use common::relay::{self, Running};
 use common::{Answer, Anvil, Line, PubSub, World};
+use tokio::net::{TcpListener, TcpStream};
 
 const TOPIC: &str = "projects/test-project/topics/settlement.events.v1";
 
@@ -158,6 +159,64 @@ async fn a_topic_deleted_amid_a_load_is_waited_for_and_after_it_is_created_again
         }
     }
     load.stop().await;
+    relayer.stop().await;
+    broken.world.setup.run_to_head().await;
+    broken.assert_arrived().await;
+}
+
+/// Accepts connections and says nothing on them; from `speak` on it forwards new ones to the server, and ends the others.
+struct Mute {
+    port: u16,
+    speak: tokio::sync::watch::Sender<bool>,
+    accepting: tokio::task::AbortHandle,
+}
+
+impl Mute {
+    async fn before(server: String) -> Mute {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("there is a free port");
+        let port = listener.local_addr().expect("it has an address").port();
+        let speak = tokio::sync::watch::Sender::new(false);
+        let told = speak.clone();
+        let accepting = tokio::spawn(async move {
+            loop {
+                let (mut near, _) = listener.accept().await.expect("connections can be accepted");
+                let (server, mut told) = (server.clone(), told.subscribe());
+                tokio::spawn(async move {
+                    if *told.borrow_and_update() {
+                        let mut far = TcpStream::connect(&server).await?;
+                        return tokio::io::copy_bidirectional(&mut near, &mut far).await.map(drop);
+                    }
+                    let _ = told.changed().await;
+                    Ok(())
+                });
+            }
+        });
+        Mute { port, speak, accepting: accepting.abort_handle() }
+    }
+}
+
+impl Drop for Mute {
+    fn drop(&mut self) {
+        self.accepting.abort();
+    }
+}
+
+#[tokio::test]
+async fn a_server_that_accepts_connections_and_never_says_a_word_is_waited_for_through_kills() {
+    let mut broken = Broken::new().await;
+    let mute = Mute::before(broken.pubsub.endpoint()).await;
+    broken.world.setup.set("PUBSUB_EMULATOR_HOST", format!("127.0.0.1:{}", mute.port));
+    let load = Load::start(&broken.world.chain, &broken.world.factory);
+    for _ in 0..2 {
+        let mut relayer = broken.start();
+        relayer.wait_logged("Pub/Sub is unavailable").await;
+        relayer.kill().await;
+    }
+    let mut relayer = broken.start();
+    relayer.wait_logged("Pub/Sub is unavailable").await;
+    load.stop().await;
+    mute.speak.send_replace(true);
+    relayer.wait_logged("Pub/Sub answers again").await;
     relayer.stop().await;
     broken.world.setup.run_to_head().await;
     broken.assert_arrived().await;

@@ -4,6 +4,7 @@
 //! lacking only its sequence number, which the store assigns in the commit.
 
 mod addresses;
+mod extent;
 mod message;
 mod signature;
 #[cfg(test)]

@@ -184,6 +184,15 @@ impl<S: Sink> Publisher<S> {
 
     /// Hands over what can be handed over, and follows up one thing that happened.
     pub async fn step(&mut self) -> Result<Step, PublishError> {
+        let stepped = self.try_step().await;
+        if matches!(stepped, Err(PublishError::Closed(_))) {
+            // What it took before it was gone must not come again.
+            self.drain().await?;
+        }
+        stepped
+    }
+
+    async fn try_step(&mut self) -> Result<Step, PublishError> {
         self.refill().await?;
         self.wake(Instant::now());
         self.hand_over();

@@ -23,6 +23,10 @@ fn is_late(line: &Line) -> bool {
     line.attributes.get("late").is_some_and(|late| late == "true")
 }
 
+fn is_odd(log: &Value) -> bool {
+    log["logIndex"].as_str().is_some_and(|index| index.ends_with(['1', '3', '5', '7', '9', 'b', 'd', 'f']))
+}
+
 #[tokio::test]
 async fn a_node_that_leaves_out_every_other_log_near_the_head_is_found_out_and_everything_arrives() {
     let mut world = audited_world().await;
@@ -31,10 +35,15 @@ async fn a_node_that_leaves_out_every_other_log_near_the_head_is_found_out_and_e
     let World { chain, factory, setup, .. } = &world;
     let mut relayer = setup.start(&["run"]);
     relayer.wait_logged("Relaying from block").await;
-    let is_odd = |log: &Value| {
-        log["logIndex"].as_str().is_some_and(|index| index.ends_with(['1', '3', '5', '7', '9']))
-    };
-    faults.on_request(move |_, _| Fault::LeaveOut(is_odd));
+    faults.on_request(|_, _| {
+        Fault::edited(|_, answers| {
+            for answer in answers {
+                if let Value::Array(logs) = &mut answer["result"] {
+                    logs.retain(|log| !is_odd(log));
+                }
+            }
+        })
+    });
     let escrows = factory.create_many(5).await;
     for escrow in &escrows {
         factory.send("approveMany", &[escrow.address.into(), 4u64.into()]).await;

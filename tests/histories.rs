@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex, RwLock};
 use std::time::{Duration, Instant};
 
 use alloy::primitives::{Address, keccak256};
-use common::fakechain::{Block, Emitted, FakeChain};
+use common::fakechain::{self, Block, Emitted, FakeChain};
 use common::relay::faults::{Fault, Faults};
 use redb::StorageBackend;
 use relayer::config::{Config, Sources};
@@ -271,35 +271,16 @@ fn logs(dice: &mut Dice) -> Vec<Emitted> {
                 _ => (subject, APPROVED),
             };
             let topics = vec![keccak256(event), subject.into_word()];
-            logs.push(Emitted { address, topics, transaction });
+            logs.push(Emitted { address, topics, transaction, ..Emitted::default() });
         }
     }
     logs
 }
 
-/// What must stand in the end, per lane: event ids in order.
+/// What must stand in the end.
 fn truth(blocks: &[Block]) -> BTreeMap<String, Vec<String>> {
-    let deployed = keccak256(DEPLOYED);
-    let mut lanes: BTreeMap<String, Vec<String>> = BTreeMap::new();
-    let mut announced = BTreeSet::new();
-    for block in blocks {
-        let announces = |log: &Emitted| log.address == FACTORY && log.topics[0] == deployed;
-        let subject = |log: &Emitted| Address::from_word(log.topics[1]);
-        announced.extend(block.logs.iter().filter(|log| announces(log)).map(subject));
-        let mut events = vec![];
-        for (index, log) in block.logs.iter().enumerate() {
-            let lane = if announces(log) { subject(log) } else { log.address };
-            let counts = announces(log) || log.topics[0] != deployed && announced.contains(&lane);
-            if counts {
-                events.push(((log.transaction, !announces(log), index), lane));
-            }
-        }
-        events.sort();
-        for ((_, _, index), lane) in events {
-            lanes.entry(format!("{lane:#x}")).or_default().push(format!("1:{}:{index}", block.hash));
-        }
-    }
-    lanes
+    let lifecycle = [keccak256(APPROVED), keccak256(RELEASED)];
+    fakechain::truth(blocks, FACTORY, &[keccak256(DEPLOYED)], &lifecycle)
 }
 
 /// What was published less what was withdrawn, per lane; panics where order, numbering or repeats are not as promised.

@@ -3,67 +3,19 @@
 
 mod common;
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use common::load::{Dice, Load};
 use common::pubsub::Message;
 use common::relay::faults::{Fault, Faults};
 use common::relay::{self, PATIENCE};
-use common::{Chain, Contract, Line, PubSub, World};
-use tokio::task::JoinHandle;
+use common::{Line, PubSub, World};
 
 const TOPIC: &str = "projects/test-project/topics/settlement.events.v1";
-
-/// Numbers that look random and are the same in every run. From Numerical Recipes.
-struct Dice(u64);
-
-impl Dice {
-    fn below(&mut self, bound: u64) -> u64 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) % bound
-    }
-}
 
 /// Whether so much of a thousand hits this number; the same in every run.
 fn hits(number: usize, of_a_thousand: u64) -> bool {
     Dice(number as u64 + 1).below(1000) < of_a_thousand
-}
-
-/// Escrows made, approved and released until told to stop.
-struct Load {
-    stop: Arc<AtomicBool>,
-    task: JoinHandle<usize>,
-}
-
-impl Load {
-    fn start(chain: &Chain, factory: &Contract) -> Load {
-        let stop = Arc::new(AtomicBool::new(false));
-        let (stopped, factory, chain) = (Arc::clone(&stop), factory.clone(), chain.clone());
-        let task = tokio::spawn(async move {
-            let (mut escrows, mut dice, mut rounds) = (factory.create_many(3).await, Dice(7), 0);
-            while !stopped.load(Ordering::Relaxed) {
-                let escrow = escrows[dice.below(escrows.len() as u64) as usize].clone();
-                match dice.below(4) {
-                    0 => escrows.push(factory.create_escrow().await),
-                    1 => escrows.push(factory.create_by("createApproveRelease").await.0),
-                    2 => drop(factory.send("approveMany", &[escrow.address.into(), 5u64.into()]).await),
-                    _ => drop(escrow.send("approve", &[]).await),
-                }
-                chain.mine(dice.below(2)).await;
-                tokio::time::sleep(Duration::from_millis(dice.below(30))).await;
-                rounds += 1;
-            }
-            rounds
-        });
-        Load { stop, task }
-    }
-
-    /// How many rounds there were.
-    async fn stop(self) -> usize {
-        self.stop.store(true, Ordering::Relaxed);
-        self.task.await.expect("the load does not fail")
-    }
 }
 
 /// A world whose relayer reaches the node through [`Faults`].

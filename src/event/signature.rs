@@ -7,6 +7,7 @@ use alloy::json_abi::{Event as AbiEvent, EventParam};
 use alloy::primitives::{Address, B256};
 use thiserror::Error;
 
+use super::extent::is_bounded;
 use super::message::{Fields, digest};
 use super::{Body, Event, Log};
 
@@ -258,6 +259,9 @@ impl Signature {
 
     /// The arguments in the order of the signature.
     fn decode(&self, log: &Log) -> Result<Vec<DynSolValue>, String> {
+        if !is_bounded(self.decoder.body(), &log.data) {
+            return Err(format!("{} bytes of data hold far larger values", log.data.len()));
+        }
         let decoded = self
             .decoder
             .decode_log_parts(log.topics.iter().copied(), &log.data)

@@ -1,4 +1,6 @@
-use alloy::dyn_abi::DynSolValue;
+mod decoding;
+
+use alloy::dyn_abi::{DynSolType, DynSolValue, Specifier};
 use alloy::json_abi::Event as AbiEvent;
 use alloy::primitives::{Address, B256, Bytes, I256, U256, keccak256};
 use serde_json::{Value, json};

@@ -20,8 +20,8 @@ use super::SetupError;
 use crate::config::{self, SinkKind};
 use crate::publish::{Message, Receipt, Sink, SinkError};
 
-/// The library keeps a task for every key it has seen; after this many keys it is replaced by a fresh one.
-const KEYS_PER_PUBLISHER: usize = 10_000;
+/// The library keeps a task for every key it has seen, 14 KB each; after this many keys it is replaced by a fresh one.
+const KEYS_PER_PUBLISHER: usize = 2_000;
 /// How long the library gathers messages of a key into one request. Runs come whole, so it need not be long.
 const GATHER: Duration = Duration::from_millis(1);
 const REQUEST_MESSAGES: u32 = 1000;

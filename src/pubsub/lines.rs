@@ -75,8 +75,13 @@ impl Target {
                 stdout.flush()
             }
             Self::File(file) => {
-                file.write_all(lines)?;
-                file.sync_data()
+                let end = file.metadata()?.len();
+                let written = file.write_all(lines).and_then(|()| file.sync_data());
+                if written.is_err() {
+                    // Nothing of it is acknowledged and all of it comes again: it must not stand there already.
+                    let _ = file.set_len(end);
+                }
+                written
             }
         }
     }

@@ -1,3 +1,5 @@
+mod decoding;
+
 use std::collections::BTreeMap;
 use std::num::{NonZeroU64, NonZeroUsize};
 use std::sync::{Arc, Mutex};

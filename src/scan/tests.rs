@@ -52,7 +52,7 @@ struct Fake {
     /// Which logs the node leaves out without a word, and of which spans.
     left_out: Mutex<Option<LeftOut>>,
     /// What it refuses.
-    refuses: Mutex<Option<fn(&Call) -> bool>>,
+    refuses: Mutex<Option<Refuses>>,
     /// What contracts say they counted.
     counted: Mutex<u64>,
     /// Announces heads, if it is there.
@@ -61,6 +61,7 @@ struct Fake {
     missed: Mutex<usize>,
 }
 
+type Refuses = fn(&Call) -> bool;
 type LeftOut = Box<dyn Fn(&Log, Span) -> bool + Send>;
 
 type Other = Box<dyn Fn(&Fake, &Call) -> Result<Answer, Refused> + Send>;

@@ -1,4 +1,6 @@
+mod clock;
 mod crash;
+mod values;
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -1,19 +1,23 @@
 //! A chain in memory that forks as told, and answers JSON-RPC as a strict node does: what it does not have is null or
 //! an error, never an empty list. `relay::faults` puts it behind real HTTP, and makes it fail and lie.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Mutex;
 
-use alloy::primitives::{Address, B256, keccak256};
+use alloy::primitives::{Address, B256, Bytes, keccak256};
 use serde_json::{Value, json};
+
+use super::Line;
 
 /// How far below the highest block there ever was blocks are final.
 pub const FINALITY: u64 = 12;
 
 /// A log to be.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Emitted {
     pub address: Address,
     pub topics: Vec<B256>,
+    pub data: Bytes,
     /// Of the block: logs of one transaction stand together.
     pub transaction: u64,
 }
@@ -144,6 +148,54 @@ impl State {
     }
 }
 
+/// What must stand in the end, per lane: event ids in order. An escrow's events count from the block that announces it on.
+pub fn truth(
+    blocks: &[Block],
+    factory: Address,
+    announcements: &[B256],
+    lifecycle: &[B256],
+) -> BTreeMap<String, Vec<String>> {
+    let mut lanes: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    let mut announced = BTreeSet::new();
+    for block in blocks {
+        let announces = |log: &Emitted| log.address == factory && announcements.contains(&log.topics[0]);
+        let subject = |log: &Emitted| Address::from_word(log.topics[1]);
+        announced.extend(block.logs.iter().filter(|log| announces(log)).map(subject));
+        let mut events = vec![];
+        for (index, log) in block.logs.iter().enumerate() {
+            let lane = if announces(log) { subject(log) } else { log.address };
+            let counts = announces(log) || lifecycle.contains(&log.topics[0]) && announced.contains(&lane);
+            if counts {
+                events.push(((log.transaction, !announces(log), index), lane));
+            }
+        }
+        events.sort();
+        for ((_, _, index), lane) in events {
+            lanes.entry(format!("{lane:#x}")).or_default().push(format!("1:{}:{index}", block.hash));
+        }
+    }
+    lanes
+}
+
+/// What was published less what was withdrawn, as [`truth`] has it. Panics where numbers have gaps, or what is withdrawn is
+/// not the newest.
+pub fn standing(lines: &[Line]) -> BTreeMap<String, Vec<String>> {
+    let mut lanes: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    let mut last: BTreeMap<&str, u64> = BTreeMap::new();
+    for line in lines {
+        let key = line.ordering_key.as_str();
+        let before = last.insert(key, line.sequence()).unwrap_or(0);
+        assert_eq!(line.sequence(), before + 1, "{key}");
+        let lane = lanes.entry(key.to_owned()).or_default();
+        match line.data["retracts"].as_str() {
+            None => lane.push(line.event_id().to_owned()),
+            Some(retracted) => assert_eq!(lane.pop().as_deref(), Some(retracted), "{key}: newest first"),
+        }
+    }
+    lanes.retain(|_, lane| !lane.is_empty());
+    lanes
+}
+
 fn header(block: &Block) -> Value {
     json!({ "number": hex(block.number), "hash": block.hash, "parentHash": block.parent, "timestamp": hex(time(block)) })
 }
@@ -164,7 +216,7 @@ fn logs(block: &Block, filter: &Value) -> Vec<Value> {
     });
     let log = |(index, log): (usize, &Emitted)| {
         json!({
-            "address": log.address, "topics": log.topics, "data": "0x",
+            "address": log.address, "topics": log.topics, "data": log.data,
             "blockNumber": hex(block.number), "blockHash": block.hash,
             "transactionHash": keccak256([&block.hash[..], &log.transaction.to_be_bytes()].concat()),
             "transactionIndex": hex(log.transaction), "logIndex": hex(index as u64), "removed": false,

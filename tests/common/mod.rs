@@ -20,6 +20,7 @@ pub mod anvil;
 pub mod chain;
 pub mod example;
 pub mod fakechain;
+pub mod load;
 pub mod pubsub;
 pub mod relay;
 pub mod settlement;

@@ -130,11 +130,15 @@ impl Setup {
                 value => environment.insert((*name).to_owned(), value.to_owned()),
             };
         }
-        // Not `env!`: the demo compiles this, too, and cargo names the binary to integration tests only.
-        let Some(binary) = option_env!("CARGO_BIN_EXE_relayer") else {
-            panic!("only integration tests know where the relayer is");
-        };
-        Running::start(binary.as_ref(), args, environment, self.folder.clone())
+        Running::start(binary(), args, environment, self.folder.clone())
+    }
+
+    /// Starts `relayer ARGS` where no file may grow beyond `bytes` (in steps of 512): what a full disk is to it.
+    pub fn start_on_disk_of(&self, bytes: u64, args: &[&str]) -> Running {
+        let script = format!("trap '' XFSZ; ulimit -f {} && exec \"$0\" \"$@\"", bytes / 512);
+        let relayer = binary().to_str().expect("a path in UTF-8");
+        let args = [&["-c", &script, relayer], args].concat();
+        Running::start(Path::new("/bin/sh"), &args, self.variables.clone(), self.folder.clone())
     }
 
     /// Starts another program in the same folder, with these variables alone.
@@ -152,6 +156,14 @@ impl Setup {
     pub async fn run_to_head(&self) -> Vec<Line> {
         self.run(&["run", "--until", "head"]).await.good().lines()
     }
+}
+
+fn binary() -> &'static Path {
+    // Not `env!`: the demo compiles this, too, and cargo names the binary to integration tests only.
+    let Some(binary) = option_env!("CARGO_BIN_EXE_relayer") else {
+        panic!("only integration tests know where the relayer is");
+    };
+    Path::new(binary)
 }
 
 /// What a process has said so far, in whole lines.
@@ -351,13 +363,27 @@ impl Running {
         self.ended().await
     }
 
+    /// Waits for its own end; also, how much memory it had at most, in KiB (Linux; else 0).
+    pub async fn ended_with_peak(mut self) -> (Finished, u64) {
+        let status = format!("/proc/{}/status", self.child.id().expect("it is not waited for yet"));
+        let mut peak = 0;
+        while tokio::time::timeout(Duration::from_millis(20), self.child.wait()).await.is_err() {
+            let text = std::fs::read_to_string(&status).unwrap_or_default();
+            let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+            let kib = line.and_then(|line| line.split_whitespace().next()?.parse().ok());
+            peak = kib.unwrap_or(peak);
+        }
+        (self.ended().await, peak)
+    }
+
     /// Waits for its own end.
     pub async fn ended(mut self) -> Finished {
         let status = match tokio::time::timeout(PATIENCE, self.child.wait()).await {
             Ok(status) => status.expect("it can be waited for"),
             Err(_) => panic!("it does not end"),
         };
-        for reader in self.readers {
+        // Whoever waited for something it did not live to see has waited for these already.
+        for reader in self.readers.into_iter().filter(|reader| !reader.is_finished()) {
             reader.await.expect("reading does not panic");
         }
         let Texts { out, err } = self.output.texts();

@@ -33,19 +33,42 @@ pub enum Fault {
     Errors(i64, &'static str),
     /// One error for the whole request.
     OneError(i64, &'static str),
+    /// The node answers, and this is made of it, with this status.
+    Edited(u16, Edit),
     /// A node so many blocks behind answers, which does not say so.
     Behind(u64),
     /// Such a node answers every second call, another the rest.
     SomeBehind(u64),
-    /// The node answers, and nobody hears of these logs.
-    LeaveOut(fn(&Value) -> bool),
+}
+
+/// Makes of the answers to these calls what is sent.
+#[derive(Clone)]
+pub struct Edit(Arc<EditAnswers>);
+
+type EditAnswers = dyn Fn(&[Value], &mut Vec<Value>) + Send + Sync;
+
+impl std::fmt::Debug for Edit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Edit")
+    }
+}
+
+impl Fault {
+    /// The node answers, and `edit` makes something else of it: by the calls asked, the answers to them.
+    pub fn edited(edit: impl Fn(&[Value], &mut Vec<Value>) + Send + Sync + 'static) -> Fault {
+        Fault::Edited(200, Edit(Arc::new(edit)))
+    }
 }
 
 /// Who answers behind the server.
 enum Node {
     Url(String, reqwest::Client),
     Fake(Arc<FakeChain>),
+    /// The answer to each call, as text.
+    Text(Box<TextNode>),
 }
+
+type TextNode = dyn Fn(&Value) -> String + Send + Sync;
 
 type Decide = dyn Fn(usize, &[Value]) -> Fault + Send + Sync;
 
@@ -71,6 +94,11 @@ impl Faults {
     /// The same before a chain in memory.
     pub async fn fake(chain: Arc<FakeChain>) -> Faults {
         Self::before(Node::Fake(chain)).await
+    }
+
+    /// Before a node that is a function: the result for a call, as JSON text. For answers too large to build as values.
+    pub async fn answering(result: impl Fn(&Value) -> String + Send + Sync + 'static) -> Faults {
+        Self::before(Node::Text(Box::new(result))).await
     }
 
     async fn before(node: Node) -> Faults {
@@ -133,10 +161,13 @@ async fn serve(stream: TcpStream, shared: Arc<Shared>) -> Option<()> {
         let decide = Arc::clone(&shared.decide.lock().expect("no panic while held"));
         let (mut status, mut header, mut cut) = (200, "", false);
         let answer = match decide(number, &calls) {
-            Fault::Pass => shared.ask(&asked).await?.to_string(),
+            Fault::Pass => shared.text(&asked).await?,
+            Fault::Edited(code, edit) => {
+                status = code;
+                shared.edited(&asked, &calls, &edit).await?
+            }
             Fault::Behind(blocks) => shared.ask_one_behind(&asked, calls, blocks, 1).await?.to_string(),
             Fault::SomeBehind(blocks) => shared.ask_one_behind(&asked, calls, blocks, 2).await?.to_string(),
-            Fault::LeaveOut(which) => without(shared.ask(&asked).await?, which).to_string(),
             Fault::Truncated => {
                 cut = true;
                 shared.ask(&asked).await?.to_string()
@@ -175,10 +206,27 @@ async fn serve(stream: TcpStream, shared: Arc<Shared>) -> Option<()> {
 }
 
 impl Shared {
+    async fn text(&self, asked: &Value) -> Option<String> {
+        match &self.node {
+            Node::Text(result) => Some(answer_in_text(result, asked)),
+            Node::Url(..) | Node::Fake(_) => Some(self.ask(asked).await?.to_string()),
+        }
+    }
+
+    async fn edited(&self, asked: &Value, calls: &[Value], edit: &Edit) -> Option<String> {
+        let mut answers = match self.ask(asked).await? {
+            Value::Array(answers) => answers,
+            answer => vec![answer],
+        };
+        (edit.0)(calls, &mut answers);
+        Some(if asked.is_array() { Value::Array(answers) } else { answers.pop()? }.to_string())
+    }
+
     async fn ask(&self, asked: &Value) -> Option<Value> {
         let (url, http) = match &self.node {
             Node::Url(url, http) => (url, http),
             Node::Fake(chain) => return Some(chain.answer(asked)),
+            Node::Text(result) => return serde_json::from_str(&answer_in_text(result, asked)).ok(),
         };
         let request = http.post(url).header("content-type", "application/json");
         let answer = request.body(asked.to_string()).send().await.ok()?.bytes().await.ok()?;
@@ -249,18 +297,13 @@ impl Shared {
     }
 }
 
-/// The answers without these logs.
-fn without(mut answers: Value, which: fn(&Value) -> bool) -> Value {
-    let answered = match &mut answers {
-        Value::Array(answers) => answers.iter_mut().collect(),
-        answer => vec![answer],
-    };
-    for answer in answered {
-        if let Value::Array(logs) = &mut answer["result"] {
-            logs.retain(|log| !which(log));
-        }
+fn answer_in_text(result: &TextNode, asked: &Value) -> String {
+    let one =
+        |call: &Value| format!("{{\"jsonrpc\":\"2.0\",\"id\":{},\"result\":{}}}", call["id"], result(call));
+    match asked {
+        Value::Array(calls) => format!("[{}]", calls.iter().map(one).collect::<Vec<_>>().join(",")),
+        call => one(call),
     }
-    answers
 }
 
 /// In the form of the request: one answer, or many.

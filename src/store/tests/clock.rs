@@ -1,0 +1,59 @@
+//! A clock that jumps: times stored from before and after it change what is pruned when, and nothing else.
+
+use super::*;
+
+/// As if entry number n had been stored at `times[n]`.
+fn store_at(store: &Store, times: &[u64]) {
+    let transaction = store.db.begin_write().unwrap();
+    {
+        let mut log = transaction.open_table(EVENT_LOG).unwrap();
+        for (position, time) in (0..).zip(times) {
+            let row = log.get(position).unwrap().unwrap().value().to_vec();
+            let entry: Entry = decode("event_log", &row).unwrap();
+            let bytes = encode(&Entry { stored_at: *time, ..entry }).unwrap();
+            log.insert(position, bytes.as_slice()).unwrap();
+        }
+    }
+    transaction.commit().unwrap();
+}
+
+/// Six blocks with an approval each, the first three final.
+fn six_blocks() -> Store {
+    let store = memory();
+    for number in 1..=6 {
+        let announced: &[u8] = if number == 1 { &[1] } else { &[] };
+        let finalized = (number == 6).then_some(3);
+        store.accept(&Stretch { finalized, ..stretch(block(number, 0), announced, &[1]) }).unwrap();
+    }
+    store
+}
+
+#[test]
+fn whatever_times_are_stored_only_what_is_acknowledged_and_final_is_pruned_and_all_else_goes_on() {
+    const FUTURE: u64 = 1 << 40;
+    let table: [[u64; 7]; 5] = [
+        [0; 7],
+        [u64::MAX; 7],
+        [FUTURE, 0, FUTURE, 0, 0, 0, 0],
+        [0, FUTURE, 0, 0, 0, 0, 0],
+        [5, 4, 3, 2, 1, 0, 0],
+    ];
+    for times in table {
+        for retention in [0, 3600, u64::MAX] {
+            let store = six_blocks();
+            store_at(&store, &times);
+            assert_eq!(store.prune(retention, 100).unwrap(), 0, "nothing is acknowledged");
+            let claimed = store.claim(usize::MAX).unwrap();
+            assert_eq!(claimed.len(), 7);
+            store.acknowledge(claimed.iter().map(|it| it.position).collect()).unwrap();
+            let pruned = store.prune(retention, 100).unwrap();
+            assert!(pruned <= 4, "{pruned} of {times:?}: the rest is not final");
+            let withdrawal = store.retract(Some(block(3, 0)), u64::MAX).unwrap().unwrap();
+            assert_eq!(withdrawal.retracted, 3, "{times:?}");
+            store.accept(&stretch(block(4, 1), &[], &[1])).unwrap();
+            let sequences: Vec<u64> =
+                waiting(&store).into_iter().map(|(_, _, sequence, _)| sequence).collect();
+            assert_eq!(sequences, [8, 9, 10, 11], "{times:?}");
+        }
+    }
+}

@@ -223,6 +223,10 @@ fn each_log_also(changes: impl Fn(&Value) -> Value) -> impl Fn(&mut Vec<Value>) 
 async fn what_a_lying_node_adds_leaves_out_or_mixes_up_is_noticed_and_the_chain_is_relayed() {
     let far =
         |log: &Value| json!({ "logIndex": format!("{:#x}", number(&log["logIndex"]).expect("one") + 100) });
+    let brackets: &'static str = Box::leak("[".repeat(1_000_000).into_boxed_str());
+    let deep = format!("{}{}", "[".repeat(500_000), "]".repeat(500_000));
+    let nested = format!(r#"{{"jsonrpc":"2.0","id":1,"result":{deep}}}"#);
+    let nested: &'static str = Box::leak(nested.into_boxed_str());
     let and = |mut one: Value, other: Value| {
         one.as_object_mut().expect("changes").extend(other.as_object().expect("changes").clone());
         one
@@ -288,6 +292,8 @@ async fn what_a_lying_node_adds_leaves_out_or_mixes_up_is_noticed_and_the_chain_
         }))),
         ("headers of another fork", often(set_headers("hash", |_| json!(B256::repeat_byte(0xDD))))),
         ("headers of other parents", often(set_headers("parentHash", |_| json!(B256::repeat_byte(0xDD))))),
+        ("a depth of brackets", often(move || Fault::Body(brackets))),
+        ("a result of brackets", often(move || Fault::Body(nested))),
         ("answers with other ids", often(|| Fault::edited(|_, answers| {
             answers.iter_mut().for_each(|answer| answer["id"] = json!(answer["id"].as_u64().unwrap_or(0) + 1000));
         }))),

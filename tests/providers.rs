@@ -160,11 +160,11 @@ async fn refusals_in_words_nobody_has_heard_before_lead_to_smaller_questions_and
         ("a basket", refusing_many(14, error(-31999, "the basket overflows, come with a smaller one"))),
         ("faces", refusing_some(crowded(3), error(7, "too many faces in the picture"))),
         ("an abacus", refusing_some(wide(10), error(-32603, "the abacus ran out of beads"))),
-        ("nothing said", refusing_many(13, error(0, ""))),
+        ("nothing said", refusing_many(45, error(0, ""))),
         ("a gap", refusing_whole(wide(5), Fault::Status(400, "", r#"{"jsonrpc":"2.0","id":null,"error":{"code":-32000,"message":"please mind the gap between your blocks"}}"#))),
         ("pipes", refusing_whole(wide(4), Fault::Status(400, "", "chunkier than our pipes"))),
         ("guests", refusing_whole(crowded(4), Fault::Status(400, "", r#"{"jsonrpc":"2.0","id":1,"error":{"code":-32602,"message":"the guest list exceeds the venue"}}"#))),
-        ("no number", refusing_whole(wide(6), body(r#"{"jsonrpc":"2.0","id":1,"error":{"code":"E42","message":"not today"}}"#))),
+        ("no number", refusing_whole(wide(20), body(r#"{"jsonrpc":"2.0","id":1,"error":{"code":"E42","message":"not today"}}"#))),
         (
             "no batches",
             refusing_batches(
@@ -172,7 +172,7 @@ async fn refusals_in_words_nobody_has_heard_before_lead_to_smaller_questions_and
                 r#"{"jsonrpc":"2.0","id":null,"error":{"code":-32600,"message":"batch requests are not supported"}}"#,
             ),
         ),
-        ("only a text", refusing_whole(wide(6), body(r#"{"jsonrpc":"2.0","id":1,"error":"we would rather not"}"#))),
+        ("only a text", refusing_whole(wide(20), body(r#"{"jsonrpc":"2.0","id":1,"error":"we would rather not"}"#))),
     ])
     .await;
 }
@@ -202,7 +202,7 @@ fn always(edit: impl Fn(&Value, &mut Vec<Value>) + Clone + Send + Sync + 'static
 
 /// In the first answers, and then in one of five.
 fn often(lie: impl Fn() -> Fault + Send + Sync + 'static) -> Node {
-    node(move |number, _| if number < 6 || number % 5 == 0 { lie() } else { Fault::Pass })
+    node(move |number, _| if number < 3 || number % 5 == 0 { lie() } else { Fault::Pass })
 }
 
 /// A log like this one, elsewhere.
@@ -223,6 +223,10 @@ fn each_log_also(changes: impl Fn(&Value) -> Value) -> impl Fn(&mut Vec<Value>) 
 async fn what_a_lying_node_adds_leaves_out_or_mixes_up_is_noticed_and_the_chain_is_relayed() {
     let far =
         |log: &Value| json!({ "logIndex": format!("{:#x}", number(&log["logIndex"]).expect("one") + 100) });
+    let brackets: &'static str = Box::leak("[".repeat(1_000_000).into_boxed_str());
+    let deep = format!("{}{}", "[".repeat(500_000), "]".repeat(500_000));
+    let nested = format!(r#"{{"jsonrpc":"2.0","id":1,"result":{deep}}}"#);
+    let nested: &'static str = Box::leak(nested.into_boxed_str());
     let and = |mut one: Value, other: Value| {
         one.as_object_mut().expect("changes").extend(other.as_object().expect("changes").clone());
         one
@@ -288,6 +292,8 @@ async fn what_a_lying_node_adds_leaves_out_or_mixes_up_is_noticed_and_the_chain_
         }))),
         ("headers of another fork", often(set_headers("hash", |_| json!(B256::repeat_byte(0xDD))))),
         ("headers of other parents", often(set_headers("parentHash", |_| json!(B256::repeat_byte(0xDD))))),
+        ("a depth of brackets", often(move || Fault::Body(brackets))),
+        ("a result of brackets", often(move || Fault::Body(nested))),
         ("answers with other ids", often(|| Fault::edited(|_, answers| {
             answers.iter_mut().for_each(|answer| answer["id"] = json!(answer["id"].as_u64().unwrap_or(0) + 1000));
         }))),

@@ -11,7 +11,12 @@ const SLACK: usize = 1 << 20;
 
 /// Whether the values in `data` are hardly larger than `data` itself. Of what does not decode it may say either.
 pub(super) fn is_bounded(types: &[DynSolType], data: &[u8]) -> bool {
-    Extent { data, left: data.len().saturating_add(SLACK) }.sequence(types.iter(), 0).is_some()
+    fits(types, data, data.len().saturating_add(SLACK))
+}
+
+/// Whether the values in `data` take no more than that many bytes.
+pub(super) fn fits(types: &[DynSolType], data: &[u8], bytes: usize) -> bool {
+    Extent { data, left: bytes }.sequence(types.iter(), 0).is_some()
 }
 
 struct Extent<'a> {

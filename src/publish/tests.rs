@@ -20,6 +20,8 @@ enum Act {
     /// Stores all of it, and the answer is lost.
     LoseAnswer,
     Fail,
+    /// Gone for good.
+    Close,
 }
 
 /// A sink that follows a script, then takes everything; refuses what it is told to refuse.
@@ -78,6 +80,7 @@ impl Sink for Script {
                 fail(0, unavailable())
             }
             Act::TakeThenFail(_) | Act::Fail => fail(0, unavailable()),
+            Act::Close => fail(0, SinkError::Closed("full".into())),
         }
     }
 
@@ -306,6 +309,22 @@ async fn what_arrives_while_others_are_under_way_does_not_wait_for_them() {
     let stepping = tokio::time::timeout(Duration::from_millis(15), stepping);
     assert!(tokio::join!(appending, stepping).1.is_err());
     assert_eq!(sink.attempts.lock().unwrap().len(), 2, "handed over before the first one was answered");
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_a_sink_took_before_it_was_gone_is_committed() {
+    let store = store(&[1, 2, 3], &[1, 2, 3]);
+    let sink = Arc::new(Script::default());
+    sink.acts.lock().unwrap().extend([Act::Take, Act::Close, Act::Take]);
+    let mut publisher = Publisher::new(Arc::clone(&sink), Arc::clone(&store), &settings(100));
+    let ended = loop {
+        if let Err(error) = publisher.step().await {
+            break error;
+        }
+    };
+    assert_eq!(ended.to_string(), "the sink is gone: full");
+    assert_eq!(sink.stored().len(), 4);
+    assert_eq!(store.waiting(), 2, "all that was taken is committed");
 }
 
 #[tokio::test(start_paused = true)]

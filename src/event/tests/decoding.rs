@@ -3,6 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::event::extent::fits;
 
 const FACTORY_EVENTS: [&str; 2] = [
     "EscrowDeployed(address indexed escrow, uint256 amount)",
@@ -156,6 +157,8 @@ proptest! {
         let Recognised::Known(decoded) = set.recognise(role, &log) else {
             panic!("{}: {:?}", event.full_signature(), set.recognise(role, &log))
         };
+        let types = event.inputs.iter().filter(|input| !input.indexed).map(|input| input.resolve().unwrap());
+        prop_assert!(fits(&types.collect::<Vec<_>>(), &log.data, log.data.len()), "no value is counted twice");
         let arguments = assert_promised(&decoded, &log, &event, 1);
         let body = event.inputs.iter().enumerate().filter(|(_, input)| !input.indexed);
         for ((index, input), value) in body.zip(&values) {

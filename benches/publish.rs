@@ -1,0 +1,146 @@
+//! From the outbox to acknowledged: 20,000 messages over 1,000 ordering keys, into a Pub/Sub server in this process that
+//! costs next to nothing.
+//!
+//! The floor: a bare `google-cloud-pubsub` publisher that sends the same messages, ordered, from memory, and waits for
+//! every answer. It runs as the library comes, and as the relayer sets it up. The relayer reads the messages from its
+//! file, keeps to `sink.max_outstanding`, and commits what was acknowledged, with fsync.
+
+mod common;
+
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use common::broker::Broker;
+use common::events::{block, escrow, released};
+use common::ratios::Ratios;
+use common::{config_to, folder, runtime, signatures, size, store};
+use criterion::{Criterion, criterion_group, criterion_main};
+use futures_util::future::join_all;
+use google_cloud_auth::credentials::anonymous;
+use google_cloud_pubsub::client::{BasePublisher, Publisher as Bare};
+use google_cloud_pubsub::model;
+use relayer::config::Config;
+use relayer::publish::{Publisher, Step};
+use relayer::pubsub::ConfiguredSink;
+use relayer::store::Stretch;
+
+const BLOCKS: usize = 20;
+const TOPIC: &str = "projects/bench/topics/settlement.events.v1";
+
+/// A store at `path` in which each escrow's messages wait, one a block.
+fn fill(config: &Config, path: &Path, escrows: usize) {
+    let (store, signatures) = (store(config, path), signatures(config));
+    for number in 1..=BLOCKS {
+        let announced = match number {
+            1 => (0..escrows).map(|index| (escrow(index), block(number))).collect(),
+            _ => Vec::new(),
+        };
+        let event = |index| released(index).event(&signatures, number, index);
+        let events = (0..escrows).map(event).collect();
+        let stretch = Stretch { announced, events, blocks: vec![block(number)], ..Stretch::default() };
+        store.accept(&stretch).expect("it is committed");
+    }
+}
+
+/// What waits in the store, as the library wants it.
+fn messages(config: &Config, path: &Path) -> Vec<model::Message> {
+    let claimed = store(config, path).claim(usize::MAX).expect("it reads");
+    let message = |entry: &relayer::store::Entry| {
+        model::Message::new()
+            .set_data(entry.body.clone())
+            .set_ordering_key(format!("{:#x}", entry.escrow))
+            .set_attributes(entry.attributes(1).pairs())
+    };
+    claimed.iter().map(|claimed| message(&claimed.entry)).collect()
+}
+
+async fn client(broker: &Broker) -> BasePublisher {
+    let credentials = anonymous::Builder::new().build();
+    let builder = BasePublisher::builder().with_endpoint(broker.url()).with_credentials(credentials);
+    builder.build().await.expect("a client")
+}
+
+async fn send(publisher: Bare, messages: Vec<model::Message>) -> Duration {
+    let began = Instant::now();
+    let answers = join_all(messages.into_iter().map(|message| publisher.publish(message))).await;
+    answers.into_iter().for_each(|answer| drop(answer.expect("it is acknowledged")));
+    began.elapsed()
+}
+
+/// As [`relayer::Relay`] does it.
+async fn publish_all(mut publisher: Publisher<ConfiguredSink>) {
+    loop {
+        match publisher.step().await.expect("it publishes") {
+            Step::Progress => {}
+            Step::Idle if publisher.is_drained() => return,
+            Step::Idle => publisher.appended().await,
+            Step::Wait(pause) => tokio::time::sleep(pause).await,
+        }
+    }
+}
+
+fn publish(criterion: &mut Criterion) {
+    let escrows = size(1000, 50);
+    let (broker, runtime, folder) = (Broker::start(), runtime(), folder());
+    let full = folder.path().join("full.redb");
+    let config = config_to(&broker, "http://localhost", &[]);
+    fill(&config, &full, escrows);
+    let waiting = messages(&config, &full);
+    assert_eq!(waiting.len(), escrows * BLOCKS);
+    let mut ratios = Ratios::new(criterion, "publish");
+    ratios.measure_for(Duration::from_secs(5));
+    ratios.say(format!("{} messages over {escrows} keys", waiting.len()));
+
+    broker.take_counts();
+    let bare = |tuned: bool| {
+        let messages = waiting.clone();
+        let client = runtime.block_on(client(&broker));
+        let _inside = runtime.enter();
+        let publisher = client.publisher(TOPIC);
+        let publisher = if tuned {
+            publisher
+                .set_message_count_threshold(1000)
+                .set_byte_threshold(3_000_000)
+                .set_delay_threshold(Duration::from_millis(1))
+        } else {
+            publisher
+        };
+        runtime.block_on(runtime.spawn(send(publisher.build(), messages))).expect("it sends")
+    };
+    let outbox = |max_outstanding: &str| {
+        let path = folder.path().join("relayer.redb");
+        fs::copy(&full, &path).expect("there is room");
+        let config = config_to(&broker, "http://localhost", &[("sink.max_outstanding", max_outstanding)]);
+        let store = store(&config, &path);
+        let sink = runtime.block_on(ConfiguredSink::open(&config.sink)).expect("a client");
+        let publisher = Publisher::new(Arc::new(sink), Arc::clone(&store), &config.sink);
+        let began = Instant::now();
+        runtime.block_on(runtime.spawn(publish_all(publisher))).expect("it publishes");
+        let took = began.elapsed();
+        assert_eq!((store.waiting(), store.watermark().expect("it reads")), (0, (escrows * BLOCKS) as u64));
+        took
+    };
+    let mut counted = |what: &str, run: &mut dyn FnMut() -> Duration| {
+        run();
+        let (requests, messages) = broker.take_counts();
+        ratios.say(format!("{what}: {messages} messages in {requests} requests"));
+    };
+    counted("bare", &mut || bare(false));
+    counted("bare_set_up_alike", &mut || bare(true));
+    counted("outbox", &mut || outbox("1000"));
+    counted("outbox_20000_outstanding", &mut || outbox("20000"));
+
+    ratios.measure("bare", || bare(false));
+    ratios.measure("bare_set_up_alike", || bare(true));
+    ratios.measure("outbox", || outbox("1000"));
+    ratios.measure("outbox_20000_outstanding", || outbox("20000"));
+    ratios.compare("outbox", "bare", 1.25);
+    ratios.compare("outbox", "bare_set_up_alike", 1.25);
+    ratios.compare("outbox_20000_outstanding", "bare_set_up_alike", 1.25);
+    ratios.finish();
+}
+
+criterion_group!(benches, publish);
+criterion_main!(benches);

@@ -35,6 +35,7 @@ impl Broker {
     pub fn start() -> Broker {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
+            .thread_name("broker")
             .enable_all()
             .build()
             .expect("a runtime for the server");

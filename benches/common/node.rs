@@ -39,6 +39,7 @@ pub struct Node {
 struct Shared {
     chain: Mutex<Chain>,
     latency_micros: AtomicU64,
+    nanos_a_log: AtomicU64,
     requests: AtomicUsize,
     calls: AtomicUsize,
     get_logs: AtomicUsize,
@@ -55,6 +56,7 @@ impl Node {
         let shared = Arc::new(Shared {
             chain: Mutex::new(chain),
             latency_micros: AtomicU64::new(0),
+            nanos_a_log: AtomicU64::new(0),
             requests: AtomicUsize::new(0),
             calls: AtomicUsize::new(0),
             get_logs: AtomicUsize::new(0),
@@ -64,7 +66,9 @@ impl Node {
         let port = listener.local_addr().expect("it has an address").port();
         let (stop, stopped) = oneshot::channel();
         let serving = Arc::clone(&shared);
-        std::thread::spawn(move || serve(listener, serving, stopped));
+        // By their names a profile tells the threads apart.
+        let thread = std::thread::Builder::new().name("node".to_owned());
+        thread.spawn(move || serve(listener, serving, stopped)).expect("a thread");
         Node { port, shared, _stop: stop }
     }
 
@@ -75,6 +79,11 @@ impl Node {
     /// From now on every request is answered so much later.
     pub fn set_latency(&self, latency: Duration) {
         self.shared.latency_micros.store(latency.as_micros() as u64, Ordering::Relaxed);
+    }
+
+    /// From now on every log takes the node so long to find. It sleeps: a real node has processors of its own.
+    pub fn set_time_a_log(&self, time: Duration) {
+        self.shared.nanos_a_log.store(time.as_nanos() as u64, Ordering::Relaxed);
     }
 
     /// One more block.
@@ -125,11 +134,12 @@ async fn connection(stream: TcpStream, shared: Arc<Shared>) -> Option<()> {
     let mut stream = BufReader::with_capacity(1 << 16, stream);
     loop {
         let body = read_request(&mut stream).await?;
+        let (answer, logs) = shared.answer(&body);
         let latency = Duration::from_micros(shared.latency_micros.load(Ordering::Relaxed));
-        if !latency.is_zero() {
-            tokio::time::sleep(latency).await;
+        let searching = Duration::from_nanos(shared.nanos_a_log.load(Ordering::Relaxed) * logs);
+        if latency + searching > Duration::ZERO {
+            tokio::time::sleep(latency + searching).await;
         }
-        let answer = shared.answer(&body);
         if let Some(recorded) = &mut *shared.recorded.lock().expect("no panic while held") {
             recorded.push(body);
         }
@@ -217,14 +227,15 @@ impl Shared {
         self.chain.lock().expect("no panic while held")
     }
 
-    fn answer(&self, body: &[u8]) -> String {
+    /// The answer, and how many logs are in it.
+    fn answer(&self, body: &[u8]) -> (String, u64) {
         self.requests.fetch_add(1, Ordering::Relaxed);
         let chain = self.chain();
-        let mut out = String::new();
+        let (mut out, mut logs) = (String::new(), 0);
         if body.first() != Some(&b'[') {
             let call: Call<'_> = serde_json::from_slice(body).expect("a call");
-            self.answer_one(&chain, &call, &mut out);
-            return out;
+            logs += self.answer_one(&chain, &call, &mut out);
+            return (out, logs);
         }
         let calls: Vec<Call<'_>> = serde_json::from_slice(body).expect("a batch of calls");
         out.push('[');
@@ -232,20 +243,21 @@ impl Shared {
             if index > 0 {
                 out.push(',');
             }
-            self.answer_one(&chain, call, &mut out);
+            logs += self.answer_one(&chain, call, &mut out);
         }
         out.push(']');
-        out
+        (out, logs)
     }
 
-    fn answer_one(&self, chain: &Chain, call: &Call<'_>, out: &mut String) {
+    fn answer_one(&self, chain: &Chain, call: &Call<'_>, out: &mut String) -> u64 {
         self.calls.fetch_add(1, Ordering::Relaxed);
         if call.method == "eth_getLogs" {
             self.get_logs.fetch_add(1, Ordering::Relaxed);
         }
         put(out, format_args!("{{\"jsonrpc\":\"2.0\",\"id\":{},\"result\":", call.id));
-        chain.result(call, out);
+        let logs = chain.result(call, out);
         out.push('}');
+        logs
     }
 }
 
@@ -306,7 +318,8 @@ impl Chain {
         self.logs.push(Log { topic: log.topics[0], text: start..self.text.len() });
     }
 
-    fn result(&self, call: &Call<'_>, out: &mut String) {
+    /// Writes the result; how many logs it has.
+    fn result(&self, call: &Call<'_>, out: &mut String) -> u64 {
         match &*call.method {
             "eth_chainId" => out.push_str("\"0x1\""),
             "eth_blockNumber" => put(out, format_args!("\"{:#x}\"", self.head())),
@@ -323,13 +336,14 @@ impl Chain {
             }
             "eth_getLogs" => {
                 let (filter,): (Filter<'_>,) = serde_json::from_str(call.params.get()).expect("a filter");
-                self.logs(&filter, out);
+                return self.logs(&filter, out);
             }
             other => panic!("{other} is not known here"),
         }
+        0
     }
 
-    fn logs(&self, filter: &Filter<'_>, out: &mut String) {
+    fn logs(&self, filter: &Filter<'_>, out: &mut String) -> u64 {
         let (from, to) = match filter.block_hash {
             Some(hash) => (self.by_hash[&hash], self.by_hash[&hash]),
             None => {
@@ -341,18 +355,22 @@ impl Chain {
         let topics = filter.topics.first().map_or(&[][..], Among::wanted);
         let any_topic = topics.is_empty() || self.topics.iter().all(|topic| topics.contains(topic));
         out.push('[');
-        match filter.address.wanted() {
-            [] if any_topic => out.push_str(self.text_of(&range)),
+        let count = match filter.address.wanted() {
+            [] if any_topic => {
+                out.push_str(self.text_of(&range));
+                range.len()
+            }
             [] => self.copy(range.filter(|log| topics.contains(&self.logs[*log].topic)), out),
             addresses => {
                 let mut logs: Vec<usize> =
                     addresses.iter().flat_map(|address| self.logs_of(address, &range)).copied().collect();
                 logs.retain(|log| any_topic || topics.contains(&self.logs[*log].topic));
                 logs.sort_unstable();
-                self.copy(logs.into_iter(), out);
+                self.copy(logs.into_iter(), out)
             }
-        }
+        };
         out.push(']');
+        count as u64
     }
 
     fn logs_of(&self, address: &Address, range: &Range<usize>) -> &[usize] {
@@ -367,13 +385,16 @@ impl Chain {
         }
     }
 
-    fn copy(&self, logs: impl Iterator<Item = usize>, out: &mut String) {
-        for (index, log) in logs.enumerate() {
-            if index > 0 {
+    fn copy(&self, logs: impl Iterator<Item = usize>, out: &mut String) -> usize {
+        let mut count = 0;
+        for log in logs {
+            if count > 0 {
                 out.push(',');
             }
             out.push_str(&self.text[self.logs[log].text.clone()]);
+            count += 1;
         }
+        count
     }
 }
 

@@ -42,8 +42,10 @@ fn measure(escrows: usize) -> Measured {
     node.set_latency(FAR);
     let poll = naive::requests(escrows, BLOCKS as u64, BLOCKS as u64);
     let cost = |runs: usize, run: &mut dyn FnMut() -> f64| {
-        // Once for the connection.
-        run();
+        // Once for the connection, where that counts.
+        if runs > 1 {
+            run();
+        }
         node.take_counts();
         let seconds = median((0..runs).map(|_| run()).collect()).expect("there are runs");
         Cost { calls: node.take_counts().calls as f64 / runs as f64, seconds }
@@ -137,8 +139,8 @@ fn picture(all: &[Measured]) -> String {
             FAR.as_millis()
         ),
     );
-    plot(&mut svg, all, 70.0, "JSON-RPC calls", &|cost| cost.calls, &|power| whole(10f64.powi(power)));
-    plot(&mut svg, all, 500.0, "time", &|cost| cost.seconds, &time);
+    plot(&mut svg, all, 70.0, &Quantity { label: "JSON-RPC calls", of: |cost| cost.calls, say: whole });
+    plot(&mut svg, all, 500.0, &Quantity { label: "time", of: |cost| cost.seconds, say: time });
     legend(&mut svg);
     svg.push_str("</svg>\n");
     svg
@@ -149,21 +151,21 @@ const STYLE: &str = "<style>\
     text{font:12px system-ui,sans-serif;fill:#24292f}.title{font-size:15px;font-weight:600}.label{font-weight:600}\
     .grid{stroke:#8c959f;stroke-opacity:.35}.line{fill:none;stroke-width:2.5}\
     .sequential{stroke:#cf222e;fill:#cf222e}.concurrent{stroke:#bf8700;fill:#bf8700}.relayer{stroke:#1a7f37;fill:#1a7f37}\
-    .line.sequential,.line.concurrent,.line.relayer{fill:none}\
+    .line.sequential,.line.concurrent,.line.relayer{fill:none}.line.concurrent{stroke-dasharray:8 6}\
     text.sequential,text.concurrent,text.relayer{stroke:none}\
     @media(prefers-color-scheme:dark){text{fill:#e6edf3}\
     .sequential{stroke:#ff7b72;fill:#ff7b72}.concurrent{stroke:#e3b341;fill:#e3b341}.relayer{stroke:#56d364;fill:#56d364}}\
     </style>";
 
-fn plot(
-    svg: &mut String,
-    all: &[Measured],
-    left: f64,
-    label: &str,
-    value: &dyn Fn(&Cost) -> f64,
-    tick: &dyn Fn(i32) -> String,
-) {
-    let values: Vec<f64> = all.iter().flat_map(|measured| measured.costs.iter().map(value)).collect();
+/// What goes upwards.
+struct Quantity {
+    label: &'static str,
+    of: fn(&Cost) -> f64,
+    say: fn(f64) -> String,
+}
+
+fn plot(svg: &mut String, all: &[Measured], left: f64, quantity: &Quantity) {
+    let values: Vec<f64> = all.iter().flat_map(|measured| measured.costs.iter().map(quantity.of)).collect();
     let power = |value: f64, round: fn(f64) -> f64| round(value.log10()) as i32;
     let lowest = values.iter().copied().fold(f64::INFINITY, f64::min);
     let highest = values.iter().copied().fold(0.0, f64::max);
@@ -173,21 +175,26 @@ fn plot(
         x: (0, power(most, f64::ceil)),
         y: (power(lowest, f64::floor), power(highest, f64::ceil)),
     };
-    grid(svg, &axes, label, tick);
+    grid(svg, &axes, quantity);
     for (way, (_, class)) in WAYS.iter().enumerate() {
         let points: Vec<(f64, f64)> = all
             .iter()
-            .map(|measured| (axes.x(measured.escrows as f64), axes.y(value(&measured.costs[way]))))
+            .map(|measured| (axes.x(measured.escrows as f64), axes.y((quantity.of)(&measured.costs[way]))))
             .collect();
         let line: Vec<String> = points.iter().map(|(x, y)| format!("{x:.1},{y:.1}")).collect();
         put(svg, format_args!("<polyline class=\"line {class}\" points=\"{}\"/>", line.join(" ")));
-        for (x, y) in points {
-            put(svg, format_args!("<circle class=\"{class}\" cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"3.5\"/>"));
+        // Where two ways cost the same, both are to be seen.
+        let radius = 5.0 - way as f64;
+        for (x, y) in &points {
+            put(svg, format_args!("<circle class=\"{class}\" cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"{radius}\"/>"));
         }
+        let (Some((x, y)), Some(last)) = (points.last(), all.last()) else { continue };
+        let said = (quantity.say)((quantity.of)(&last.costs[way]));
+        put(svg, format_args!("<text x=\"{x:.1}\" y=\"{:.1}\" text-anchor=\"end\">{said}</text>", y - 9.0));
     }
 }
 
-fn grid(svg: &mut String, axes: &Axes, label: &str, tick: &dyn Fn(i32) -> String) {
+fn grid(svg: &mut String, axes: &Axes, quantity: &Quantity) {
     let (right, bottom) = (axes.left + PLOT.0, TOP + PLOT.1);
     for power in axes.x.0..=axes.x.1 {
         let x = axes.x(10f64.powi(power));
@@ -201,10 +208,18 @@ fn grid(svg: &mut String, axes: &Axes, label: &str, tick: &dyn Fn(i32) -> String
     for power in axes.y.0..=axes.y.1 {
         let y = axes.y(10f64.powi(power));
         put(svg, format_args!("<path class=\"grid\" d=\"M{} {y:.1}H{right}\"/>", axes.left));
-        let (x, y, name) = (axes.left - 8.0, y + 4.0, tick(power));
+        let (x, y, name) = (axes.left - 8.0, y + 4.0, (quantity.say)(10f64.powi(power)));
         put(svg, format_args!("<text x=\"{x}\" y=\"{y:.1}\" text-anchor=\"end\">{name}</text>"));
     }
-    put(svg, format_args!("<text class=\"label\" x=\"{}\" y=\"{}\">{label}</text>", axes.left, TOP - 12.0));
+    put(
+        svg,
+        format_args!(
+            "<text class=\"label\" x=\"{}\" y=\"{}\">{}</text>",
+            axes.left,
+            TOP - 12.0,
+            quantity.label
+        ),
+    );
     let (x, y) = (axes.left + PLOT.0 / 2.0, bottom + 36.0);
     put(svg, format_args!("<text x=\"{x}\" y=\"{y}\" text-anchor=\"middle\">escrows</text>"));
 }
@@ -219,15 +234,15 @@ fn legend(svg: &mut String) {
     }
 }
 
-fn time(power: i32) -> String {
-    match power {
-        ..=-4 => format!("{} µs", whole(10f64.powi(power + 6))),
-        -3..=-1 => format!("{} ms", whole(10f64.powi(power + 3))),
-        0.. => format!("{} s", whole(10f64.powi(power))),
+fn time(seconds: f64) -> String {
+    match seconds {
+        s if s < 1.0 => format!("{:.0} ms", s * 1e3),
+        s if s < 10.0 => format!("{s:.1} s").replace(".0 ", " "),
+        s => format!("{s:.0} s"),
     }
 }
 
-/// A power of ten, with commas.
+/// With commas.
 fn whole(value: f64) -> String {
     let digits = format!("{value:.0}");
     match digits.len() {

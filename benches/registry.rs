@@ -1,5 +1,5 @@
-//! A registry that grows from a hundred escrows to a million: what the start, an idle poll and a new block cost at each
-//! size, and how much memory and file an escrow takes.
+//! A registry that grows from a hundred escrows to a million: what the start, an idle poll, a new block and a block that
+//! announces one more escrow cost at each size, and how much memory and file an escrow takes.
 //!
 //! The floor of every size is the smallest: nothing that is done for each poll may grow with the registry. Memory is
 //! that of a process of its own that opened the store and polled once: this program again, with other arguments.
@@ -10,7 +10,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use common::events::{approved, block, escrow, released};
+use common::events::{approved, block, deployed, escrow, released};
 use common::node::Node;
 use common::ratios::Ratios;
 use common::{NEAR, Reader, config, folder, is_test, read_all, runtime, scanner, store};
@@ -124,8 +124,14 @@ fn registry(criterion: &mut Criterion) {
         new_block();
         ratios.say(format!("{escrows} escrows: a new block asks {:?}", node.take_counts()));
         ratios.measure(&format!("new_block/{escrows}"), &mut new_block);
+        let mut newest = escrows;
+        ratios.measure(&format!("new_escrow/{escrows}"), || {
+            node.extend(vec![deployed(newest)]);
+            newest += 1;
+            reader.new_block()
+        });
     }
-    for what in ["idle", "new_block"] {
+    for what in ["idle", "new_block", "new_escrow"] {
         ratios.compare(&format!("{what}/{largest}"), &format!("{what}/{smallest}"), 1.5);
     }
     ratios.finish();

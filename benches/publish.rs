@@ -30,7 +30,7 @@ use relayer::store::Stretch;
 const MESSAGES: usize = 20_000;
 /// `sink.max_outstanding`: the default, and more. It bounds what may be repeated after a crash; with keys that take turns
 /// in the log it also bounds how many messages of a key come together in a request.
-const OUTSTANDING: [&str; 3] = ["1000", "5000", "20000"];
+const OUTSTANDING: [&str; 2] = ["1000", "20000"];
 const TOPIC: &str = "projects/bench/topics/settlement.events.v1";
 
 /// A store at `path` in which each escrow's messages wait, one a block.

@@ -1,0 +1,155 @@
+//! From the outbox to acknowledged: 20,000 messages over 1,000 ordering keys and over 10,000, into a Pub/Sub server in
+//! this process that costs next to nothing.
+//!
+//! The floor: a bare `google-cloud-pubsub` publisher that sends the same messages, ordered, from memory, and waits for
+//! every answer. It runs as the library comes, and as the relayer sets it up. The relayer reads the messages from its
+//! file, keeps to `sink.max_outstanding`, and commits what was acknowledged, with fsync.
+
+mod common;
+
+use std::fs;
+use std::num::NonZeroUsize;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use common::broker::Broker;
+use common::events::{block, escrow, released};
+use common::ratios::Ratios;
+use common::{config_to, folder, runtime, signatures, size, store};
+use criterion::{Criterion, criterion_group, criterion_main};
+use futures_util::future::join_all;
+use google_cloud_auth::credentials::anonymous;
+use google_cloud_pubsub::client::{BasePublisher, Publisher as Bare};
+use google_cloud_pubsub::model;
+use relayer::config::Config;
+use relayer::publish::{Publisher, Step};
+use relayer::pubsub::ConfiguredSink;
+use relayer::store::Stretch;
+
+const MESSAGES: usize = 20_000;
+/// `sink.max_outstanding`: the default, and more. It bounds what may be repeated after a crash; with keys that take turns
+/// in the log it also bounds how many messages of a key come together in a request.
+const OUTSTANDING: [&str; 2] = ["1000", "20000"];
+const TOPIC: &str = "projects/bench/topics/settlement.events.v1";
+
+/// A store at `path` in which each escrow's messages wait, one a block.
+fn fill(config: &Config, path: &Path, escrows: usize, blocks: usize) {
+    let (store, signatures) = (store(config, path), signatures(config));
+    for number in 1..=blocks {
+        let announced = match number {
+            1 => (0..escrows).map(|index| (escrow(index), block(number))).collect(),
+            _ => Vec::new(),
+        };
+        let event = |index| released(index).event(&signatures, number, index);
+        let events = (0..escrows).map(event).collect();
+        let stretch = Stretch { announced, events, blocks: vec![block(number)], ..Stretch::default() };
+        store.accept(&stretch).expect("it is committed");
+    }
+}
+
+/// What waits in the store, as the library wants it.
+fn waiting(config: &Config, path: &Path) -> Vec<model::Message> {
+    let claimed = store(config, path).claim(usize::MAX).expect("it reads");
+    let message = |entry: &relayer::store::Entry| {
+        model::Message::new()
+            .set_data(entry.body.clone())
+            .set_ordering_key(format!("{:#x}", entry.escrow))
+            .set_attributes(entry.attributes(1).pairs())
+    };
+    claimed.iter().map(|claimed| message(&claimed.entry)).collect()
+}
+
+async fn client(broker: &Broker) -> BasePublisher {
+    let credentials = anonymous::Builder::new().build();
+    let builder = BasePublisher::builder().with_endpoint(broker.url()).with_credentials(credentials);
+    builder.build().await.expect("a client")
+}
+
+async fn send(publisher: Bare, messages: Vec<model::Message>) -> Duration {
+    let began = Instant::now();
+    let answers = join_all(messages.into_iter().map(|message| publisher.publish(message))).await;
+    answers.into_iter().for_each(|answer| drop(answer.expect("it is acknowledged")));
+    began.elapsed()
+}
+
+/// As [`relayer::Relay`] does it.
+async fn publish_all(mut publisher: Publisher<ConfiguredSink>) {
+    loop {
+        match publisher.step().await.expect("it publishes") {
+            Step::Progress => {}
+            Step::Idle if publisher.is_drained() => return,
+            Step::Idle => publisher.appended().await,
+            Step::Wait(pause) => tokio::time::sleep(pause).await,
+        }
+    }
+}
+
+fn few_keys(criterion: &mut Criterion) {
+    compare(criterion, "publish/1000_keys", size(1000, 50));
+}
+
+fn many_keys(criterion: &mut Criterion) {
+    compare(criterion, "publish/10000_keys", size(10_000, 100));
+}
+
+fn compare(criterion: &mut Criterion, name: &str, escrows: usize) {
+    let (broker, runtime, folder) = (Broker::start(), runtime(), folder());
+    let full = folder.path().join("full.redb");
+    let config = config_to(&broker, "http://localhost", &[]);
+    let messages = size(MESSAGES, 1000);
+    fill(&config, &full, escrows, messages / escrows);
+    let waiting = waiting(&config, &full);
+    assert_eq!(waiting.len(), messages);
+    let mut ratios = Ratios::new(criterion, name);
+    ratios.measure_for(Duration::from_secs(4));
+
+    let bare = |tuned: bool| {
+        let messages = waiting.clone();
+        let client = runtime.block_on(client(&broker));
+        let _inside = runtime.enter();
+        let publisher = client.publisher(TOPIC);
+        let publisher = if tuned {
+            publisher
+                .set_message_count_threshold(1000)
+                .set_byte_threshold(3_000_000)
+                .set_delay_threshold(Duration::from_millis(1))
+        } else {
+            publisher
+        };
+        runtime.block_on(runtime.spawn(send(publisher.build(), messages))).expect("it sends")
+    };
+    let outbox = |max_outstanding: &str| {
+        let path = folder.path().join("relayer.redb");
+        fs::copy(&full, &path).expect("there is room");
+        let config = config_to(&broker, "http://localhost", &[("sink.max_outstanding", max_outstanding)]);
+        let store = store(&config, &path);
+        let sink = runtime.block_on(ConfiguredSink::open(&config.sink)).expect("a client");
+        let publisher = Publisher::new(Arc::new(sink), Arc::clone(&store), &config.sink);
+        let began = Instant::now();
+        runtime.block_on(runtime.spawn(publish_all(publisher))).expect("it publishes");
+        let took = began.elapsed();
+        assert_eq!((store.waiting(), store.watermark().expect("it reads")), (0, messages as u64));
+        took
+    };
+    let mut measure = |name: &str, run: &dyn Fn() -> Duration| {
+        broker.take_counts();
+        ratios.measure(name, run);
+        let (requests, sent) = broker.take_counts();
+        if let Some(runs) = NonZeroUsize::new(sent / messages) {
+            ratios.say(format!("{name}: {messages} messages in {} requests", requests / runs));
+        }
+    };
+    measure("bare", &|| bare(false));
+    measure("bare_set_up_alike", &|| bare(true));
+    for outstanding in OUTSTANDING {
+        measure(&format!("outbox/{outstanding}"), &|| outbox(outstanding));
+    }
+    for outstanding in OUTSTANDING {
+        ratios.compare(&format!("outbox/{outstanding}"), "bare", 1.25);
+    }
+    ratios.finish();
+}
+
+criterion_group!(benches, few_keys, many_keys);
+criterion_main!(benches);

@@ -15,7 +15,7 @@ pub use heads::follow_heads;
 
 use std::collections::HashSet;
 use std::num::NonZeroU32;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -47,6 +47,8 @@ const LOOK_AROUND: Duration = Duration::from_secs(60);
 const LOOK_AT_FAILED: Duration = Duration::from_secs(5);
 /// Unknown refusals logged in full, at most.
 const UNKNOWN_TEXTS: usize = 100;
+/// Answers in a row with another chain's id after which a provider is on another chain.
+const WRONG_LOOKS: u32 = 3;
 /// Attempts without a usable answer after which less is asked for.
 const SLOW_ATTEMPTS: usize = 3;
 
@@ -77,6 +79,8 @@ struct Provider {
     transport: Transport,
     /// It answered with the right chain id.
     verified: AtomicBool,
+    /// How often in a row it answered with another chain's id.
+    wrong_looks: AtomicU32,
     /// Calls it takes in one request, as learnt.
     batch: AtomicUsize,
 }
@@ -84,6 +88,11 @@ struct Provider {
 impl Provider {
     fn batch(&self) -> usize {
         self.batch.load(Ordering::Relaxed).max(1)
+    }
+
+    /// So many calls in one request were too many.
+    fn take_smaller_batches(&self, than: usize) {
+        self.batch.store((than / 2).max(1), Ordering::Relaxed);
     }
 }
 
@@ -99,6 +108,8 @@ pub struct Refusing {
     pub message: String,
     /// No usable answer came: perhaps too much was asked for.
     slow: bool,
+    /// Several calls were refused by one word.
+    whole: bool,
 }
 
 impl Refusing {
@@ -136,6 +147,7 @@ impl Rpc {
                 url: url.clone(),
                 transport: Transport::new(url, config.timeout)?,
                 verified: AtomicBool::new(false),
+                wrong_looks: AtomicU32::new(0),
                 batch: AtomicUsize::new(config.max_batch.get()),
             })
         });
@@ -200,7 +212,7 @@ impl Rpc {
             let outcomes = match self.attempt(provider, &asked).await {
                 Attempt::Outcomes(outcomes) => outcomes,
                 Attempt::WrongChain(found) => {
-                    self.give_up(current, found)?;
+                    self.give_up(current, found, began.elapsed())?;
                     continue;
                 }
             };
@@ -268,12 +280,12 @@ impl Rpc {
     }
 
     fn judge(&self, provider: &Provider, refusing: Refusing, batch: usize) -> Next {
-        let Refusing { verdict, message, slow } = refusing;
+        let Refusing { verdict, message, slow, whole } = refusing;
         debug!(provider = %provider.url, ?verdict, %message, "A call was refused");
         Next::Replan(match verdict {
             Verdict::Wait { hint } => return Next::Wait { hint, message, slow },
             Verdict::SmallerBatch if batch > 1 => {
-                provider.batch.store((batch / 2).max(1), Ordering::Relaxed);
+                provider.take_smaller_batches(batch);
                 return Next::Again;
             }
             Verdict::Fault | Verdict::SmallerBatch => return Next::Wait { hint: None, message, slow },
@@ -293,17 +305,27 @@ impl Rpc {
                 if seen.len() < UNKNOWN_TEXTS && seen.insert(message.clone()) {
                     warn!(provider = %provider.url, %message, "The provider refused with a message nobody has seen before");
                 }
+                // Perhaps it was that they came together.
+                if whole && batch > 1 {
+                    provider.take_smaller_batches(batch);
+                }
                 Refused::Unknown(message)
             }
         })
     }
 
-    /// Leaves a provider that serves another chain; when all of them do, the run ends.
-    fn give_up(&self, index: usize, found: u64) -> Result<(), Refused> {
+    /// Leaves a provider that says again and again that it serves another chain; when all of them do, the run ends.
+    fn give_up(&self, index: usize, found: u64, took: Duration) -> Result<(), Refused> {
         let wrong = Refused::WrongChain { expected: self.chain_id, found };
+        let provider = &self.providers[index];
+        // One node behind a gateway may be another chain's: that passes.
+        if provider.wrong_looks.fetch_add(1, Ordering::Relaxed) + 1 < WRONG_LOOKS {
+            self.health.failed(index, &wrong.to_string(), None, took);
+            return Ok(());
+        }
         let (newly, all) = self.health.is_wrong(index);
         if newly {
-            error!(provider = %self.providers[index].url, "{wrong}");
+            error!(provider = %provider.url, "{wrong}");
         }
         if all { Err(wrong) } else { Ok(()) }
     }
@@ -314,7 +336,7 @@ impl Rpc {
         match self.attempt(&self.providers[index], &[Call::Header(BlockTag::Latest)]).await {
             Attempt::WrongChain(found) => {
                 // The run ends when reading comes to the same end.
-                let _ = self.give_up(index, found);
+                let _ = self.give_up(index, found, began.elapsed());
                 None
             }
             Attempt::Outcomes(mut outcomes) => match outcomes.remove(0) {
@@ -387,6 +409,7 @@ impl Rpc {
         if found != self.chain_id {
             return Ok(Some(found));
         }
+        provider.wrong_looks.store(0, Ordering::Relaxed);
         provider.verified.store(true, Ordering::Relaxed);
         Ok(None)
     }
@@ -517,7 +540,7 @@ fn refuse_all(refusing: &Refusing, calls: &[Call]) -> Vec<Outcome> {
 fn refuse_request(failure: &Failure, queries: &[Query<'_>], told: &[RefusalText]) -> Refusing {
     let message = failure.message.clone();
     if !failure.said {
-        return Refusing { verdict: Verdict::Fault, message, slow: failure.slow };
+        return Refusing { verdict: Verdict::Fault, message, slow: failure.slow, whole: false };
     }
     let refusal = Refusal {
         message: &failure.message,
@@ -532,9 +555,16 @@ fn refuse_request(failure: &Failure, queries: &[Query<'_>], told: &[RefusalText]
         Verdict::Unknown if failure.http_status.is_some_and(|status| status >= 500) => Verdict::Fault,
         verdict => verdict,
     };
-    // A gateway that gave up on the node behind it.
-    let slow = verdict == Verdict::Fault && matches!(failure.http_status, Some(502 | 504 | 520..=530));
-    Refusing { verdict, message, slow }
+    let verdict = match (verdict, heaviest) {
+        // One call in a request that is too large: it is the call.
+        (Verdict::SmallerBatch, Asked::Range { from, to, .. }) if queries.len() == 1 && from < to => {
+            Verdict::Halve
+        }
+        (verdict, _) => verdict,
+    };
+    // A gateway that gave up on the node behind it, or a node on the question.
+    let slow = verdict == Verdict::Fault && failure.http_status.is_some_and(|status| status >= 500);
+    Refusing { verdict, message, slow, whole: queries.len() > 1 }
 }
 
 fn asked(query: &Query<'_>) -> Asked {
@@ -575,7 +605,8 @@ fn judge_payload(
             let verdict = classify(&refusal, asked(query), told);
             let message = redact(&failure.message, MAX_TEXT);
             let slow = verdict == Verdict::Fault;
-            Err(Refusing { verdict, message: format!("{message} (code {})", failure.code), slow })
+            let message = format!("{message} (code {})", failure.code);
+            Err(Refusing { verdict, message, slow, whole: false })
         }
     }
 }
@@ -591,7 +622,7 @@ fn read_anchor(result: &RawValue) -> Result<(), Refusing> {
         Ok(Some(_)) => Ok(()),
         Ok(None) => {
             let message = "it does not have the last block of the range".to_owned();
-            Err(Refusing { verdict: Verdict::Behind, message, slow: false })
+            Err(Refusing { verdict: Verdict::Behind, message, slow: false, whole: false })
         }
         Err(error) => Err(useless(format!("an unexpected header: {error}"))),
     }
@@ -599,5 +630,5 @@ fn read_anchor(result: &RawValue) -> Result<(), Refusing> {
 
 /// An answer nothing can be done with.
 fn useless(message: String) -> Refusing {
-    Refusing { verdict: Verdict::Fault, message, slow: true }
+    Refusing { verdict: Verdict::Fault, message, slow: true, whole: false }
 }

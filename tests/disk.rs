@@ -63,6 +63,16 @@ async fn a_disk_that_fills_up_at_any_moment_ends_it_with_what_to_do_and_loses_an
 }
 
 #[tokio::test]
+async fn a_new_store_that_cannot_even_be_made_for_want_of_room_says_so() {
+    let world = World::new().await;
+    for bytes in [0, 512, 4096, 64 << 10] {
+        let run = world.setup.start_on_disk_of(bytes, &["run", "--until", "head"]).ended().await;
+        run.failed_with(1, &["free space"]);
+    }
+    world.truth().await.assert_is(&world.setup.run_to_head().await);
+}
+
+#[tokio::test]
 async fn a_new_store_that_finds_no_room_for_what_it_reads_goes_on_when_there_is() {
     let world = World::new().await;
     load(&world).await;

@@ -21,7 +21,7 @@ const BLOCKS: u64 = 70;
 const ESCROWS: u8 = 9;
 /// How many relayers run at once, and what each may take.
 const AT_ONCE: usize = 12;
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(50);
 
 fn escrow(number: u64) -> Address {
     Address::repeat_byte(1 + number as u8)
@@ -52,6 +52,7 @@ fn setup(url: &str, reading: &str) -> Setup {
     Setup::new(url, FACTORY)
         .with("CHAIN_ID", 1)
         .with("RELAYER_RPC__TIMEOUT", "2s")
+        .with("RELAYER_RPC__MAX_RANGE", 20)
         .with("RELAYER_CHAIN__READING", reading)
 }
 
@@ -180,6 +181,64 @@ async fn refusals_in_words_nobody_has_heard_before_lead_to_smaller_questions_and
 /// Refuses every batch.
 fn refusing_batches(status: u16, text: &'static str) -> Node {
     node(move |_, calls| if calls.len() > 1 { Fault::Status(status, "", text) } else { Fault::Pass })
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn refusals_with_a_servers_own_status_lead_to_smaller_questions_too() {
+    let dropped = r#"{"jsonrpc":"2.0","id":null,"error":{"code":-32000,"message":"the librarian dropped all the books"}}"#;
+    let bakers = r#"{"jsonrpc":"2.0","id":null,"error":{"code":-32600,"message":"one loaf at a time, says the baker"}}"#;
+    assert_all_relayed(vec![
+        ("books", refusing_whole(wide(7), Fault::Status(500, "", dropped))),
+        ("stairs", refusing_whole(wide(7), Fault::Status(500, "", "it fell down the stairs"))),
+        ("a queue", refusing_whole(wide(7), Fault::Status(503, "", "<h1>the queue fell asleep</h1>"))),
+        ("pipes", refusing_whole(wide(4), Fault::Status(413, "", "chunkier than our pipes"))),
+        ("bakers", refusing_batches(200, bakers)),
+        ("bakers in a huff", refusing_batches(400, "one loaf at a time")),
+    ])
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_answer_from_another_chain_does_not_end_the_run_and_one_range_of_it_is_not_believed() {
+    let elsewhere = |_: &[Value], answers: &mut Vec<Value>| {
+        for answer in answers {
+            if answer["result"].is_array() {
+                answer["result"] = json!([]);
+            } else if answer["result"]["hash"].is_string() {
+                answer["result"]["hash"] = json!(B256::repeat_byte(0xEE));
+                answer["result"]["parentHash"] = json!(B256::repeat_byte(0xED));
+            }
+        }
+    };
+    assert_all_relayed(vec![
+        (
+            "another chain, once",
+            node(|number, _| match number {
+                // The first two: one may be the sample's.
+                2.. => Fault::Pass,
+                _ => Fault::edited(|calls, answers| {
+                    let asked = calls.iter().zip(answers);
+                    for (_, answer) in asked.filter(|(call, _)| call["method"] == "eth_chainId") {
+                        answer["result"] = json!("0x5");
+                    }
+                }),
+            }),
+        ),
+        (
+            "another chain's range",
+            node(move |request, calls| {
+                // The first range follows nothing that is known.
+                let from = |call: &Value| number(&call["params"][0]["fromBlock"]);
+                let ranged = calls.iter().any(|call| from(call).is_some_and(|block| block >= 20));
+                if ranged && Dice(request as u64).below(2) == 0 {
+                    Fault::edited(elsewhere)
+                } else {
+                    Fault::Pass
+                }
+            }),
+        ),
+    ])
+    .await;
 }
 
 // ---- lies

@@ -138,10 +138,20 @@ async fn http(client: &reqwest::Client, url: &SecretUrl, packet: &RequestPacket)
             let text = redact(&String::from_utf8_lossy(&bytes), MAX_TEXT);
             Err(failure(true, format!("HTTP {status}: {text}")))
         }
+        // An error in a shape of its own, for all that was asked.
+        Err(_) if let Some(message) = refusal_in(&bytes) => Err(failure(true, redact(&message, MAX_TEXT))),
         Err(error) => {
             Err(failure(false, format!("the body is not a JSON-RPC answer ({} bytes): {error}", bytes.len())))
         }
     }
+}
+
+/// What a JSON object says with its `error`, which is not one of JSON-RPC.
+fn refusal_in(bytes: &[u8]) -> Option<String> {
+    let object: serde_json::Map<String, serde_json::Value> = serde_json::from_slice(bytes).ok()?;
+    let error = object.get("error").filter(|error| !error.is_null())?;
+    let message = error.get("message").unwrap_or(error);
+    Some(message.as_str().map_or_else(|| message.to_string(), str::to_owned))
 }
 
 /// The innermost cause says what happened; the URL is taken out: it carries keys.

@@ -11,13 +11,13 @@ use alloy::primitives::{Address, B256};
 use futures_util::future::select_all;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::harvest::{Ask, Decoder, Harvest, ask_range};
+use super::harvest::{Ask, Decoder, Ends, Harvest, ask_range};
 use super::limits::Way;
 use super::read::log_calls;
 use super::{Call, Chain, LogFilter, Span, Trouble};
 use crate::event::{Addresses, BlockRange, BlockRef, Header};
 
-/// Ranges under way at once: bounds what is in memory.
+/// Ranges under way at once, at most: bounds what is in memory.
 pub(super) const RANGES: usize = 4;
 
 /// A range whose logs are all there.
@@ -27,13 +27,22 @@ pub(super) struct Fetched {
     /// Addresses in the largest filter.
     pub addresses: usize,
     pub started: Instant,
+    /// The hash of the block before it, as its first block has it; not asked for the very first block.
+    pub parent: Option<B256>,
     pub end: Header,
     pub harvest: Harvest,
 }
 
-#[derive(Default)]
 pub(super) struct Ahead {
     slots: VecDeque<Slot>,
+    /// Ranges to have under way: one after trouble, more as they are answered.
+    width: usize,
+}
+
+impl Default for Ahead {
+    fn default() -> Self {
+        Self { slots: VecDeque::new(), width: 1 }
+    }
 }
 
 struct Slot {
@@ -52,15 +61,13 @@ struct Slot {
     followed: HashSet<Address>,
 }
 
-/// The header of the range's last block, and the logs.
-type There = (Header, Harvest);
-type Asking = AbortOnDropHandle<Result<Option<Box<There>>, Trouble>>;
+/// What was told of a range, and its logs.
+type There = (Ends, Harvest);
+type Asking = AbortOnDropHandle<Result<Box<There>, Trouble>>;
 
 enum State {
     Asking(Asking),
     There(Box<There>),
-    /// The block before left the chain.
-    Forked,
     Refused(Trouble),
     /// Between two of the others.
     Changing,
@@ -81,8 +88,14 @@ impl Ahead {
         self.slots.is_empty()
     }
 
-    pub fn len(&self) -> usize {
-        self.slots.len()
+    /// Whether another one may be asked for, where at most so many may be.
+    pub fn has_room(&self, at_most: usize) -> bool {
+        self.slots.len() < self.width.min(at_most)
+    }
+
+    /// A range was answered, and accepted.
+    pub fn widen(&mut self) {
+        self.width = (self.width * 2).min(RANGES);
     }
 
     /// The block after the last one asked for.
@@ -98,22 +111,23 @@ impl Ahead {
     /// What is under way is of no use any more.
     pub fn clear(&mut self) {
         self.slots.clear();
+        self.width = 1;
     }
 
-    /// Asks for a range. `known`: a block before it that must still be on the chain.
+    /// Asks for a range. `linked`: with what says that it follows the block before it.
     pub fn ask<C: Chain>(
         &mut self,
         chain: &Arc<C>,
         decoder: &Decoder,
-        known: Option<BlockRef>,
+        linked: bool,
         (range, way): (BlockRange, Way),
         filters: Vec<LogFilter>,
     ) {
         let addresses = filters.iter().map(|filter| filter.addresses.len()).max().unwrap_or(0);
         let logs = filters.into_iter().map(Call::Logs).collect();
-        let ask = Ask { range, known, end: None, logs };
+        let ask = Ask { range, linked, end: None, logs };
         let arrivals = decoder.store.registry().arrivals();
-        let state = asking(Arc::clone(chain), decoder.clone(), ask, Harvest::default());
+        let state = asking(Arc::clone(chain), decoder.clone(), ask, Harvest::default(), way);
         let (started, followed) = (Instant::now(), HashSet::new());
         let asking = way;
         self.slots.push_back(Slot {
@@ -129,22 +143,21 @@ impl Ahead {
         });
     }
 
-    /// The first range, when it is there. `None`: the block before it left the chain.
+    /// The first range, when it is there.
     pub async fn first<C: Chain>(
         &mut self,
         chain: &Arc<C>,
         following: &Following,
-    ) -> Result<Option<Fetched>, Trouble> {
+    ) -> Result<Fetched, Trouble> {
         loop {
             self.follow(chain, following);
             let first = self.slots.front_mut().expect("somebody asked");
             match std::mem::replace(&mut first.state, State::Changing) {
                 State::There(there) => {
-                    let (end, harvest) = *there;
+                    let (Ends { parent, end }, harvest) = *there;
                     let Slot { range, way, addresses, started, .. } = self.slots.pop_front().expect("it is");
-                    return Ok(Some(Fetched { range, way, addresses, started, end, harvest }));
+                    return Ok(Fetched { range, way, addresses, started, parent, end, harvest });
                 }
-                State::Forked => return Ok(None),
                 State::Refused(trouble) => return Err(trouble.about(first.range.blocks(), first.asking)),
                 asking @ (State::Asking(_) | State::Changing) => first.state = asking,
             }
@@ -156,12 +169,11 @@ impl Ahead {
     async fn wait(&mut self) {
         let under_way = self.slots.iter_mut().enumerate().filter_map(|(place, slot)| match &mut slot.state {
             State::Asking(asking) => Some(Box::pin(async move { (place, asking.await) })),
-            State::There(..) | State::Forked | State::Refused(_) | State::Changing => None,
+            State::There(..) | State::Refused(_) | State::Changing => None,
         });
         let ((place, asked), ..) = select_all(under_way).await;
         self.slots[place].state = match asked {
-            Ok(Ok(Some(there))) => State::There(there),
-            Ok(Ok(None)) => State::Forked,
+            Ok(Ok(there)) => State::There(there),
             Ok(Err(trouble)) => State::Refused(trouble),
             Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
         };
@@ -219,7 +231,7 @@ impl Slot {
         let State::There(there) = std::mem::replace(&mut self.state, State::Changing) else {
             unreachable!("only what is there is followed up");
         };
-        let (end, harvest) = *there;
+        let (ends, harvest) = *there;
         let span = self.range.tail(from).expect("announced inside the range, or before");
         let many = addresses.len() > following.at_once && span.blocks() <= following.everyone;
         self.asking = if many { Way::Everyone } else { Way::Addresses };
@@ -231,17 +243,19 @@ impl Slot {
             Way::Addresses => log_calls(Span::Range(span), &addresses, following.at_once, &following.topics),
         };
         self.followed.extend(addresses);
-        let ask = Ask { range: span, known: None, end: Some(end.block), logs };
-        self.state = asking(Arc::clone(chain), following.decoder.clone(), ask, harvest);
+        let ask = Ask { range: span, linked: false, end: Some(ends), logs };
+        self.state = asking(Arc::clone(chain), following.decoder.clone(), ask, harvest, Way::Everyone);
     }
 }
 
-fn asking<C: Chain>(chain: Arc<C>, decoder: Decoder, ask: Ask, mut harvest: Harvest) -> State {
+/// `way`: in which what turns up in it is still to be asked for, by addresses.
+fn asking<C: Chain>(chain: Arc<C>, decoder: Decoder, ask: Ask, mut harvest: Harvest, way: Way) -> State {
     let asked = async move {
-        match ask_range(&*chain, ask, &mut harvest).await? {
-            Some(end) => Ok(Some(Box::new((end, harvest.prepare(&*chain, &decoder).await?)))),
-            None => Ok(None),
-        }
+        let ends = ask_range(&*chain, ask, &mut harvest).await?;
+        let to_be_followed = |harvest: &Harvest| {
+            way == Way::Addresses && !harvest.unregistered(&decoder.store.registry()).is_empty()
+        };
+        Ok(Box::new((ends, harvest.prepare(&*chain, &decoder, to_be_followed).await?)))
     };
     State::Asking(AbortOnDropHandle::new(tokio::spawn(asked)))
 }

@@ -153,12 +153,23 @@ impl Harvest {
         self.ready.extend(decoded.into_iter().flatten());
     }
 
-    /// Makes events of what was gathered, as far as it can be said by now which logs are; asks for times that are missing.
-    pub async fn prepare<C: Chain>(mut self, chain: &C, decoder: &Decoder) -> Result<Self, Trouble> {
+    /// Makes events of what was gathered, as far as it can be said by now which logs are; asks for times that are missing,
+    /// unless these are `to_be_followed` by others: then for all at once, the next time.
+    pub async fn prepare<C: Chain>(
+        mut self,
+        chain: &C,
+        decoder: &Decoder,
+        to_be_followed: impl FnOnce(&Self) -> bool,
+    ) -> Result<Self, Trouble> {
         self.read_announcements(decoder);
-        let places = self.take_ours(decoder);
+        let mut places = self.take_ours(decoder);
         let untimed = self.untimed(&places);
-        if !untimed.is_empty() {
+        if !untimed.is_empty() && to_be_followed(&self) {
+            let (timed, rest) =
+                places.into_iter().partition(|place| self.time_of(&self.logs[place]).is_some());
+            self.fresh_logs.extend::<Vec<Place>>(rest);
+            places = timed;
+        } else if !untimed.is_empty() {
             self.ask_times(chain, untimed).await?;
         }
         if places.len() < LOGS_A_THREAD {
@@ -270,44 +281,52 @@ pub(super) fn quarantined(log: &Log, reason: String) -> Quarantined {
     }
 }
 
-/// The calls for a range, and what came of them: the header of its last block and its logs.
+/// The calls for a range.
 pub(super) struct Ask {
     pub range: BlockRange,
-    /// A block that must still be on the chain.
-    pub known: Option<BlockRef>,
-    /// The last block as it was told before.
-    pub end: Option<BlockRef>,
+    /// Whether to ask which block it follows.
+    pub linked: bool,
+    /// What was told of its ends before.
+    pub end: Option<Ends>,
     pub logs: Vec<Call>,
 }
 
-/// `None`: the known block left the chain.
-pub(super) async fn ask_range<C: Chain>(
-    chain: &C,
-    ask: Ask,
-    harvest: &mut Harvest,
-) -> Result<Option<Header>, Trouble> {
-    let Ask { range, known, end: told, logs } = ask;
-    let mut calls = vec![Call::Header(BlockTag::Number(range.to()))];
-    calls.extend(known.map(|block| Call::Header(BlockTag::Number(block.number))));
+/// What is told of the ends of a range.
+#[derive(Clone, Copy)]
+pub(super) struct Ends {
+    /// The hash of the block before it, if that was asked.
+    pub parent: Option<B256>,
+    /// The header of its last block.
+    pub end: Header,
+}
+
+/// Asks for a range: with its logs come the headers of its ends, so that it is known where it belongs and that the node
+/// answering has all of it.
+pub(super) async fn ask_range<C: Chain>(chain: &C, ask: Ask, harvest: &mut Harvest) -> Result<Ends, Trouble> {
+    let Ask { range, linked, end: told, logs } = ask;
+    let header = |number| Call::Header(BlockTag::Number(number));
+    let single = range.from() == range.to();
+    let mut calls = vec![header(range.to())];
+    calls.extend((linked && !single).then(|| header(range.from())));
     let heads = calls.len();
     calls.extend(logs);
     let mut answers = chain.ask(calls).await.map_err(Trouble::refused)?;
     let logs = answers.split_off(heads);
     let mut headers = answers.into_iter().map(Answer::header);
-    let end = headers.next().flatten();
-    if let Some(known) = known {
-        match headers.next().flatten() {
-            Some(header) if header.block == known => {}
-            Some(_) => return Ok(None),
-            None => return Err(Trouble::Disagreement(format!("no header of block {}", known.number))),
-        }
-    }
-    let end = whole(range, end)?;
-    if told.is_some_and(|told| told != end.block) {
+    let end = whole(range, headers.next().flatten())?;
+    if told.is_some_and(|told| told.end.block != end.block) {
         return Err(Trouble::Disagreement(format!("two headers of block {}", range.to())));
     }
+    let parent = match headers.next() {
+        None => linked.then_some(end.parent_hash),
+        Some(first) => {
+            let first = first.filter(|header| header.block.number == range.from());
+            let missing = || Trouble::Disagreement(format!("no header of block {}", range.from()));
+            Some(first.ok_or_else(missing)?.parent_hash)
+        }
+    };
     for logs in logs {
         harvest.gather(logs.logs(), range, &end)?;
     }
-    Ok(Some(end))
+    Ok(Ends { parent: parent.or(told.and_then(|told| told.parent)), end })
 }

@@ -10,7 +10,7 @@ use tracing::{info, warn};
 use super::ahead::{Fetched, Following, RANGES};
 use super::harvest::Harvest;
 use super::limits::Way;
-use super::{BlockTag, Call, Chain, LINKED_BLOCKS, LogFilter, Refused, Scanner, Span, Step, Trouble};
+use super::{BlockTag, Call, Chain, LINKED_BLOCKS, LOOKS, LogFilter, Refused, Scanner, Span, Step, Trouble};
 use crate::config::Reading;
 use crate::event::{Addresses, BlockRange, BlockRef, Header};
 use crate::store::{CHUNK, Quarantined, Stretch, on_disk};
@@ -38,17 +38,15 @@ impl<C: Chain> Scanner<C> {
         if !self.ahead.begins_at(next) {
             self.ahead.clear();
         }
-        while self.ahead.len() < at_once {
+        while self.ahead.has_room(at_once) {
             let way = self.limits.way(self.store.registry().watched_len() + 1);
             let from = self.ahead.next().unwrap_or(next);
             let Some(range) = BlockRange::starting_at(from, self.limits.range(way), last) else {
                 break;
             };
-            // What was accepted unfinal may have left the chain since, and be final by now on another fork.
-            let cursor = self.store.cursor().filter(|cursor| self.proven != Some(*cursor));
-            let known = cursor.filter(|_| self.ahead.is_empty());
+            let linked = self.store.cursor().is_some() || !self.ahead.is_empty();
             let filters = self.filters(Span::Range(range), way);
-            self.ahead.ask(&self.chain, &self.decoder, known, (range, way), filters);
+            self.ahead.ask(&self.chain, &self.decoder, linked, (range, way), filters);
         }
         if self.ahead.is_empty() {
             return Ok(Step::Idle);
@@ -59,12 +57,23 @@ impl<C: Chain> Scanner<C> {
             at_once: self.limits.addresses(),
             everyone: self.limits.everyone(),
         };
-        let Some(fetched) = self.ahead.first(&self.chain, &following).await? else {
-            // The block before is not the one that was accepted.
-            return self.look_back().await;
-        };
+        let fetched = self.ahead.first(&self.chain, &following).await?;
+        let cursor = self.store.cursor();
+        if let (Some(cursor), Some(parent)) = (cursor, fetched.parent)
+            && parent != cursor.hash
+        {
+            return match self.proven == Some(cursor) && self.looks < LOOKS {
+                // Who answered is on another chain: final blocks stay where they are. Unless it goes on.
+                true => {
+                    Err(Trouble::Disagreement(format!("blocks {} do not follow the last one", fetched.range)))
+                }
+                // What was accepted unfinal may have left the chain since, and be final by now on another fork.
+                false => self.look_back().await,
+            };
+        }
         self.suspected = None;
         self.accept_range(fetched).await?;
+        self.ahead.widen();
         if self.ahead.is_empty() {
             self.store.forget_arrivals();
         }
@@ -72,7 +81,7 @@ impl<C: Chain> Scanner<C> {
     }
 
     async fn accept_range(&mut self, fetched: Fetched) -> Result<(), Trouble> {
-        let Fetched { range, way, addresses, started, end, harvest } = fetched;
+        let Fetched { range, way, addresses, started, end, harvest, parent: _ } = fetched;
         let mut marks: BTreeMap<u64, BlockRef> = BTreeMap::new();
         let is_final = self.finalized.is_some_and(|finalized| range.to() <= finalized);
         if !is_final {
@@ -196,7 +205,7 @@ impl<C: Chain> Scanner<C> {
             filters.iter().map(of_block).map(Call::Logs).collect()
         };
         self.gather_linked(&mut harvest, headers, first).await?;
-        let mut harvest = harvest.prepare(&*self.chain, &self.decoder).await?;
+        let mut harvest = harvest.prepare(&*self.chain, &self.decoder, |_| false).await?;
         let fresh = harvest.unregistered(&self.store.registry());
         if fresh.is_empty() || way == Way::Everyone {
             return Ok((harvest, addresses));
@@ -207,7 +216,7 @@ impl<C: Chain> Scanner<C> {
             self.log_calls(Span::Block(header.block.hash), &addresses, &self.lifecycle_topics)
         };
         self.gather_linked(&mut harvest, headers, again).await?;
-        Ok((harvest.prepare(&*self.chain, &self.decoder).await?, addresses))
+        Ok((harvest.prepare(&*self.chain, &self.decoder, |_| false).await?, addresses))
     }
 
     /// Asks what `calls` says for each block, all in one go.
@@ -240,7 +249,7 @@ impl<C: Chain> Scanner<C> {
         started: Instant,
     ) -> Result<usize, Trouble> {
         // Some escrow may have come to be registered since.
-        let harvest = harvest.prepare(&*self.chain, &self.decoder).await?;
+        let harvest = harvest.prepare(&*self.chain, &self.decoder, |_| false).await?;
         let (whole, others) = harvest.stretch(&self.decoder);
         let (from, to, found) = (range.from(), range.to(), whole.announced.len());
         info!(from, to, events = whole.events.len(), "Processing blocks {from} to {to}");

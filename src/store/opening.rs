@@ -31,6 +31,9 @@ pub(super) fn open_error(path: &Path, error: DatabaseError) -> StoreError {
             io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof => {
                 StoreError::Damaged { what: format!("{} is not a redb file ({source})", path.display()) }
             }
+            io::ErrorKind::StorageFull | io::ErrorKind::FileTooLarge | io::ErrorKind::QuotaExceeded => {
+                StoreError::Io(format!("{}: {source}", path.display()))
+            }
             io::ErrorKind::NotFound => {
                 let remedy = "its directory does not exist: create it, or mount the volume".to_owned();
                 StoreError::Unwritable { path, source, remedy }

@@ -21,15 +21,20 @@ impl Store {
         let stored_before = (now_micros() / 1_000_000).saturating_sub(retention);
         let read = self.db.begin_read()?;
         let watermark = read.open_table(MARKS)?.get(WATERMARK)?.map_or(0, |mark| mark.value());
-        let (mut end, mut count, mut newest_block) = (None, 0, 0);
+        let (mut end, mut count, mut newest_block, mut newest_seen) = (None, 0, 0, 0);
+        let mut looked_at = 0;
         for row in read.open_table(EVENT_LOG)?.range(..watermark.min(claimed))?.take(limit) {
             let (position, value) = row?;
             let entry: Entry = decode("event_log", value.value())?;
-            if entry.block_number > finalized || entry.stored_at > stored_before {
+            if entry.block_number > finalized {
                 break;
             }
-            (end, count) = (Some(position.value() + 1), count + 1);
-            newest_block = newest_block.max(entry.block_number);
+            looked_at += 1;
+            newest_seen = newest_seen.max(entry.block_number);
+            // One that seems young was stored before those after it: the clock was ahead then.
+            if entry.stored_at <= stored_before {
+                (end, count, newest_block) = (Some(position.value() + 1), looked_at, newest_seen);
+            }
         }
         drop(read);
         let Some(end) = end else {

@@ -57,3 +57,12 @@ fn whatever_times_are_stored_only_what_is_acknowledged_and_final_is_pruned_and_a
         }
     }
 }
+
+#[test]
+fn an_entry_stored_while_the_clock_was_ahead_does_not_hold_up_the_pruning_of_later_ones() {
+    let store = six_blocks();
+    let claimed = store.claim(usize::MAX).unwrap();
+    store.acknowledge(claimed.iter().map(|it| it.position).collect()).unwrap();
+    store_at(&store, &[1 << 40, 1 << 40, 0, 0, 0, 0, 0]);
+    assert_eq!(store.prune(3600, 100).unwrap(), 4);
+}

@@ -15,6 +15,10 @@ use relayer::{Ending, Relay, check, telemetry};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info};
 
+/// Answers of nodes are many small texts, which the system's allocator is slow with.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 const FAULT: u8 = 1;
 const CONFIGURATION: u8 = 2;
 

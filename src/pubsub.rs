@@ -35,7 +35,7 @@ pub enum SetupError {
 /// The sink the configuration names.
 pub enum ConfiguredSink {
     /// Google Pub/Sub, or an emulator of it.
-    PubSub(GooglePubSub),
+    PubSub(Box<GooglePubSub>),
     /// Standard output or a file.
     Lines(Lines),
 }
@@ -44,7 +44,7 @@ impl ConfiguredSink {
     /// Sets up the configured sink. Nothing is sent, and nobody is called yet.
     pub async fn open(config: &config::Sink) -> Result<Self, SetupError> {
         match &config.kind {
-            SinkKind::Pubsub { .. } => Ok(Self::PubSub(GooglePubSub::open(config).await?)),
+            SinkKind::Pubsub { .. } => Ok(Self::PubSub(Box::new(GooglePubSub::open(config).await?))),
             SinkKind::Stdout => Ok(Self::Lines(Lines::stdout())),
             SinkKind::File { path } => match Lines::file(path) {
                 Ok(lines) => Ok(Self::Lines(lines)),

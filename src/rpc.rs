@@ -16,7 +16,7 @@ pub use heads::follow_heads;
 use std::collections::HashSet;
 use std::num::NonZeroU32;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use alloy::rpc::json_rpc::{Id, RequestPacket, Response, ResponsePacket, ResponsePayload};
@@ -29,7 +29,7 @@ use tracing::{debug, error, warn};
 
 use crate::config::{self, RefusalText, SecretUrl};
 use crate::event::{BlockRange, Header};
-use crate::scan::{Answer, BlockTag, Call, Chain, Refused};
+use crate::scan::{Answer, BlockTag, Call, Chain, Refused, Size};
 use crate::telemetry::metrics;
 use health::Health;
 use transport::{Failure, Transport};
@@ -82,17 +82,31 @@ struct Provider {
     /// How often in a row it answered with another chain's id.
     wrong_looks: AtomicU32,
     /// Calls it takes in one request, as learnt.
-    batch: AtomicUsize,
+    batch: Mutex<Size>,
 }
 
 impl Provider {
     fn batch(&self) -> usize {
-        self.batch.load(Ordering::Relaxed).max(1)
+        self.size().now as usize
     }
 
-    /// So many calls in one request were too many.
-    fn take_smaller_batches(&self, than: usize) {
-        self.batch.store((than / 2).max(1), Ordering::Relaxed);
+    /// So many calls in one request are too many.
+    fn takes_smaller_batches(&self, than: usize) {
+        self.size().cap(than as u64 / 2);
+    }
+
+    /// So many calls in one request were too many, perhaps.
+    fn try_smaller_batches(&self, than: usize) {
+        self.size().refuse(than as u64);
+    }
+
+    /// A request with so many calls was answered.
+    fn took(&self, calls: usize) {
+        self.size().answered(calls as u64);
+    }
+
+    fn size(&self) -> MutexGuard<'_, Size> {
+        self.batch.lock().expect("no code that panics runs under this lock")
     }
 }
 
@@ -148,7 +162,7 @@ impl Rpc {
                 transport: Transport::new(url, config.timeout)?,
                 verified: AtomicBool::new(false),
                 wrong_looks: AtomicU32::new(0),
-                batch: AtomicUsize::new(config.max_batch.get()),
+                batch: Mutex::new(Size::new(config.max_batch.get() as u64)),
             })
         });
         let quota = Quota::per_second(config.requests_per_second).allow_burst(config.burst);
@@ -232,7 +246,11 @@ impl Rpc {
                 }
             }
             match fault {
-                None => self.health.succeeded(current),
+                None => {
+                    self.health.succeeded(current);
+                    provider.took(asked.len());
+                    slow = 0;
+                }
                 Some((hint, message, is_slow)) => {
                     self.health.failed(current, &message, hint, began.elapsed());
                     slow += usize::from(is_slow);
@@ -285,7 +303,7 @@ impl Rpc {
         Next::Replan(match verdict {
             Verdict::Wait { hint } => return Next::Wait { hint, message, slow },
             Verdict::SmallerBatch if batch > 1 => {
-                provider.take_smaller_batches(batch);
+                provider.takes_smaller_batches(batch);
                 return Next::Again;
             }
             Verdict::Fault | Verdict::SmallerBatch => return Next::Wait { hint: None, message, slow },
@@ -307,7 +325,7 @@ impl Rpc {
                 }
                 // Perhaps it was that they came together.
                 if whole && batch > 1 {
-                    provider.take_smaller_batches(batch);
+                    provider.try_smaller_batches(batch);
                 }
                 Refused::Unknown(message)
             }

@@ -26,6 +26,7 @@ use tracing::{debug, info, warn};
 
 pub use audit::Auditor;
 pub use chain::{Answer, BlockTag, Call, Chain, LogFilter, Refused, Span};
+pub(crate) use limits::Size;
 pub use limits::{Limits, Way};
 
 use crate::backoff::Backoff;

@@ -51,10 +51,13 @@ pub struct GooglePubSub {
 /// One publisher of the library and the keys it has seen.
 ///
 /// A lane has one run under way at a time, and a run keeps its publisher until it is done: so a key never lives
-/// in two of them at once, though a generation may end while others of its runs are still under way.
+/// in two of them at once, though a generation has two and may end while others of its runs are still under way.
 struct Generation {
     base: BasePublisher,
+    /// Gathers messages of a key into one request.
     publisher: Publisher,
+    /// Sends each message at once: what comes alone must not wait for company.
+    prompt: Publisher,
     keys: HashSet<String>,
 }
 
@@ -84,7 +87,7 @@ impl GooglePubSub {
         }
     }
 
-    fn publisher_for(&self, key: &str) -> Publisher {
+    fn publisher_for(&self, key: &str, messages: usize) -> Publisher {
         let mut current = lock(&self.current);
         if !current.keys.contains(key) {
             if current.keys.len() >= KEYS_PER_PUBLISHER {
@@ -92,7 +95,8 @@ impl GooglePubSub {
             }
             current.keys.insert(key.to_owned());
         }
-        current.publisher.clone()
+        let Generation { publisher, prompt, .. } = &*current;
+        if messages == 1 { prompt.clone() } else { publisher.clone() }
     }
 
     /// The library's publisher has ended: the next run gets a new one.
@@ -104,13 +108,12 @@ impl GooglePubSub {
 
 impl Generation {
     fn new(base: BasePublisher, topic: &str) -> Self {
-        let publisher = base
-            .publisher(topic)
-            .set_message_count_threshold(REQUEST_MESSAGES)
-            .set_byte_threshold(REQUEST_BYTES)
-            .set_delay_threshold(GATHER)
-            .build();
-        Self { base, publisher, keys: HashSet::new() }
+        let publisher = |messages| {
+            let builder = base.publisher(topic).set_message_count_threshold(messages);
+            builder.set_byte_threshold(REQUEST_BYTES).set_delay_threshold(GATHER).build()
+        };
+        let (publisher, prompt) = (publisher(REQUEST_MESSAGES), publisher(1));
+        Self { base, publisher, prompt, keys: HashSet::new() }
     }
 }
 
@@ -152,7 +155,7 @@ impl Sink for GooglePubSub {
         }
         self.replace_failing_client().await;
         let key = run[0].ordering_key.clone();
-        let publisher = self.publisher_for(&key);
+        let publisher = self.publisher_for(&key, fitting);
         for _ in 0..RESUMES {
             let sent = run[..fitting].iter().map(|message| publisher.publish(wire(message)));
             // All of them: nothing may be under way when the run is tried again.

@@ -17,6 +17,9 @@ use super::read::log_calls;
 use super::{Call, Chain, LogFilter, Span, Trouble};
 use crate::event::{Addresses, BlockRange, BlockRef, Header};
 
+/// A range with so many logs is cut into parts: while one is committed, what turned up is asked for in the next.
+const DENSE: usize = 2_000;
+const PARTS: usize = 4;
 /// Ranges under way at once, at most: bounds what is in memory.
 pub(super) const RANGES: usize = 4;
 
@@ -125,7 +128,7 @@ impl Ahead {
     ) {
         let addresses = filters.iter().map(|filter| filter.addresses.len()).max().unwrap_or(0);
         let logs = filters.into_iter().map(Call::Logs).collect();
-        let ask = Ask { range, linked, end: None, logs };
+        let ask = Ask { range, linked, told: None, logs };
         let arrivals = decoder.store.registry().arrivals();
         let state = asking(Arc::clone(chain), decoder.clone(), ask, Harvest::default(), way);
         let (started, followed) = (Instant::now(), HashSet::new());
@@ -155,6 +158,7 @@ impl Ahead {
             match std::mem::replace(&mut first.state, State::Changing) {
                 State::There(there) => {
                     let (Ends { parent, end }, harvest) = *there;
+                    let end = end.expect("what was cut is followed up");
                     let Slot { range, way, addresses, started, .. } = self.slots.pop_front().expect("it is");
                     return Ok(Fetched { range, way, addresses, started, parent, end, harvest });
                 }
@@ -181,6 +185,7 @@ impl Ahead {
 
     /// Asks for the logs of escrows that were not known when a range was asked for.
     fn follow<C: Chain>(&mut self, chain: &Arc<C>, following: &Following) {
+        self.cut_dense(following);
         let mut earlier: Vec<Address> = Vec::new();
         for slot in &mut self.slots {
             if let (State::There(there), None) = (&slot.state, &slot.fresh) {
@@ -190,13 +195,36 @@ impl Ahead {
                 // What it announces is not known yet, so nothing is of those after it.
                 return;
             };
-            if slot.way == Way::Addresses && matches!(slot.state, State::There(..)) {
-                let news = news(following, slot, &earlier, fresh);
-                if let Some((from, addresses)) = news {
-                    slot.follow(chain, following, from, addresses);
+            if slot.way == Way::Addresses
+                && let State::There(there) = &slot.state
+            {
+                let (start, is_whole) = (slot.range.from(), there.0.end.is_some());
+                match news(following, slot, &earlier, fresh) {
+                    Some((from, addresses)) if is_whole => slot.follow(chain, following, from, addresses),
+                    Some((_, addresses)) => slot.follow(chain, following, start, addresses),
+                    None if is_whole => {}
+                    None => slot.follow(chain, following, start, Vec::new()),
                 }
             }
             earlier.extend(slot.fresh.iter().flatten().map(|(escrow, _)| *escrow));
+        }
+    }
+}
+
+impl Ahead {
+    /// Cuts the first range into parts if it is dense and much turned up in it.
+    fn cut_dense(&mut self, following: &Following) {
+        let Some(slot) = self.slots.pop_front() else { return };
+        let is_dense = match (&slot.state, &slot.fresh) {
+            (State::There(there), None) if slot.way == Way::Addresses => {
+                let announced = there.1.unregistered(&following.decoder.store.registry()).len();
+                announced > following.at_once && there.1.logs.len() > DENSE
+            }
+            _ => false,
+        };
+        let parts = if is_dense { slot.cut() } else { vec![slot] };
+        for part in parts.into_iter().rev() {
+            self.slots.push_front(part);
         }
     }
 }
@@ -221,6 +249,36 @@ fn news(
 }
 
 impl Slot {
+    /// The same range in parts of about as many logs each. All but the last have yet to be told how they end.
+    fn cut(self) -> Vec<Slot> {
+        let State::There(there) = self.state else { unreachable!("only what is there is cut") };
+        let (ends, mut harvest) = *there;
+        let (mut from, mut parts) = (self.range.from(), Vec::new());
+        let at_once = harvest.logs.len() / PARTS;
+        while let Some(((last, _), _)) = harvest.logs.iter().nth(at_once)
+            && *last < self.range.to()
+        {
+            let last = *last;
+            let rest = harvest.split_off(last + 1);
+            let range = BlockRange::new(from, last).expect("the next log is not before it");
+            let harvest = std::mem::replace(&mut harvest, rest);
+            let parent = ends.parent.filter(|_| from == self.range.from());
+            parts.push((range, Ends { parent, end: None }, harvest));
+            from = last + 1;
+        }
+        let range = BlockRange::new(from, self.range.to()).expect("the last log is in it");
+        let parent = ends.parent.filter(|_| from == self.range.from());
+        parts.push((range, Ends { parent, ..ends }, harvest));
+        let slot = |(range, ends, harvest): (BlockRange, Ends, Harvest)| Slot {
+            range,
+            state: State::There(Box::new((ends, harvest))),
+            fresh: None,
+            followed: HashSet::new(),
+            ..self
+        };
+        parts.into_iter().map(slot).collect()
+    }
+
     fn follow<C: Chain>(
         &mut self,
         chain: &Arc<C>,
@@ -243,7 +301,9 @@ impl Slot {
             Way::Addresses => log_calls(Span::Range(span), &addresses, following.at_once, &following.topics),
         };
         self.followed.extend(addresses);
-        let ask = Ask { range: span, linked: false, end: Some(ends), logs };
+        // A part that was cut off has its own ends.
+        let linked = ends.end.is_none() && ends.parent.is_none();
+        let ask = Ask { range: span, linked, told: Some(ends), logs };
         self.state = asking(Arc::clone(chain), following.decoder.clone(), ask, harvest, Way::Everyone);
     }
 }

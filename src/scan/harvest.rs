@@ -85,6 +85,18 @@ impl Harvest {
         log.block_timestamp.or_else(|| self.times.get(&log.block.number).copied())
     }
 
+    /// Takes what is of block `from` and later ones out.
+    pub fn split_off(&mut self, from: u64) -> Self {
+        let logs = self.logs.split_off(&(from, 0));
+        let announced = self.announced.split_off(&(from, 0));
+        let (later, earlier) =
+            std::mem::take(&mut self.fresh_logs).into_iter().partition(|(block, _)| *block >= from);
+        self.fresh_logs = earlier;
+        let ready = self.ready.extract_if(|(block, _), _| *block >= from).collect();
+        let (forks, times) = (self.forks.clone(), self.times.clone());
+        Self { logs, forks, times, announced, fresh_logs: later, ready }
+    }
+
     /// Reads the announcements among what was gathered.
     fn read_announcements(&mut self, decoder: &Decoder) {
         for place in &self.fresh_logs {
@@ -287,7 +299,7 @@ pub(super) struct Ask {
     /// Whether to ask which block it follows.
     pub linked: bool,
     /// What was told of its ends before.
-    pub end: Option<Ends>,
+    pub told: Option<Ends>,
     pub logs: Vec<Call>,
 }
 
@@ -296,14 +308,14 @@ pub(super) struct Ask {
 pub(super) struct Ends {
     /// The hash of the block before it, if that was asked.
     pub parent: Option<B256>,
-    /// The header of its last block.
-    pub end: Header,
+    /// The header of its last block; unknown of a part that was cut off.
+    pub end: Option<Header>,
 }
 
 /// Asks for a range: with its logs come the headers of its ends, so that it is known where it belongs and that the node
 /// answering has all of it.
 pub(super) async fn ask_range<C: Chain>(chain: &C, ask: Ask, harvest: &mut Harvest) -> Result<Ends, Trouble> {
-    let Ask { range, linked, end: told, logs } = ask;
+    let Ask { range, linked, told, logs } = ask;
     let header = |number| Call::Header(BlockTag::Number(number));
     let single = range.from() == range.to();
     let mut calls = vec![header(range.to())];
@@ -314,7 +326,9 @@ pub(super) async fn ask_range<C: Chain>(chain: &C, ask: Ask, harvest: &mut Harve
     let logs = answers.split_off(heads);
     let mut headers = answers.into_iter().map(Answer::header);
     let end = whole(range, headers.next().flatten())?;
-    if told.is_some_and(|told| told.end.block != end.block) {
+    let told_otherwise = |told: Ends| told.end.is_some_and(|told| told.block != end.block);
+    let of_another_fork = harvest.forks.get(&range.to()).is_some_and(|hash| *hash != end.block.hash);
+    if told.is_some_and(told_otherwise) || of_another_fork {
         return Err(Trouble::Disagreement(format!("two headers of block {}", range.to())));
     }
     let parent = match headers.next() {
@@ -328,5 +342,5 @@ pub(super) async fn ask_range<C: Chain>(chain: &C, ask: Ask, harvest: &mut Harve
     for logs in logs {
         harvest.gather(logs.logs(), range, &end)?;
     }
-    Ok(Ends { parent: parent.or(told.and_then(|told| told.parent)), end })
+    Ok(Ends { parent: parent.or(told.and_then(|told| told.parent)), end: Some(end) })
 }

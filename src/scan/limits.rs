@@ -171,10 +171,11 @@ impl Limits {
 
 /// A number of things asked for at once.
 #[derive(Clone, Debug)]
-struct Size {
+pub(crate) struct Size {
     /// Never more.
     cap: u64,
-    now: u64,
+    /// To ask for next, at least 1.
+    pub now: u64,
     /// The smallest that was refused lately.
     refused: Option<u64>,
     /// Answers in a row at the largest size below that.
@@ -183,23 +184,26 @@ struct Size {
 }
 
 impl Size {
-    fn new(cap: u64) -> Self {
+    pub fn new(cap: u64) -> Self {
         Self { cap, now: cap, refused: None, borne: 0, patience: PATIENCE }
     }
 
-    fn cap(&mut self, most: u64) {
+    /// More are never borne.
+    pub fn cap(&mut self, most: u64) {
         self.cap = self.cap.min(most.max(1));
         self.now = self.now.min(self.cap);
     }
 
-    fn refuse(&mut self, asked: u64) -> bool {
+    /// So many were too many. `false`: there cannot be fewer.
+    pub fn refuse(&mut self, asked: u64) -> bool {
         self.refused = Some(asked);
         self.borne = 0;
         self.now = (asked / 2).max(1);
         asked > 1
     }
 
-    fn answered(&mut self, asked: u64) {
+    /// So many were borne.
+    pub fn answered(&mut self, asked: u64) {
         if asked < self.now {
             return;
         }

@@ -151,7 +151,7 @@ impl Store {
         let read = self.db.begin_read()?;
         let mut count = 0;
         for row in read.open_table(REGISTRY)?.iter()? {
-            let escrow: Escrow = decode("registry", row?.1.value())?;
+            let escrow = Escrow::decode(row?.1.value())?;
             count += u64::from(escrow.state != EscrowState::Withdrawn && escrow.announced.0 <= last);
         }
         Ok(count)

@@ -7,7 +7,7 @@ use redb::{ReadableTable, Table, WriteTransaction};
 
 use super::StoreError;
 use super::opening::now_micros;
-use super::schema::{Entry, Escrow, EscrowState, Kind, REGISTRY, decode, encode};
+use super::schema::{Entry, Escrow, EscrowState, Kind, REGISTRY};
 use crate::event::{BlockRef, Event, Retraction, event_id};
 
 /// The escrows touched by one transaction: read once, numbered on, written once.
@@ -30,7 +30,7 @@ impl<'txn> Lanes<'txn> {
             Entry::Occupied(occupied) => Ok(occupied.into_mut()),
             Entry::Vacant(vacant) => {
                 let row = self.table.get(&*address.0)?;
-                let escrow = row.map(|row| decode("registry", row.value())).transpose()?;
+                let escrow = row.map(|row| Escrow::decode(row.value())).transpose()?;
                 Ok(vacant.insert(escrow))
             }
         }
@@ -47,7 +47,7 @@ impl<'txn> Lanes<'txn> {
         let slot = self.touch(address)?;
         let last_sequence = slot.as_ref().map_or(0, |escrow| escrow.last_sequence);
         *slot = Some(Escrow {
-            announced: (block.number, block.hash),
+            announced: (block.number, Escrow::mark(&block.hash)),
             covered_from: block.number,
             last_sequence,
             ended: None,
@@ -73,7 +73,7 @@ impl<'txn> Lanes<'txn> {
     pub fn announce_earlier(&mut self, address: Address, block: BlockRef) -> Result<(), StoreError> {
         let escrow = self.lane(address)?;
         assert!(block.number < escrow.announced.0, "an earlier announcement");
-        escrow.announced = (block.number, block.hash);
+        escrow.announced = (block.number, Escrow::mark(&block.hash));
         Ok(())
     }
 
@@ -122,7 +122,8 @@ impl<'txn> Lanes<'txn> {
     /// Takes an escrow out of the registry if this block is the one that announced it.
     pub fn withdraw(&mut self, address: Address, block_hash: B256) -> Result<bool, StoreError> {
         let escrow = self.lane(address)?;
-        let announced_there = escrow.announced.1 == block_hash && escrow.state != EscrowState::Withdrawn;
+        let announced_there =
+            escrow.announced.1 == Escrow::mark(&block_hash) && escrow.state != EscrowState::Withdrawn;
         if announced_there {
             escrow.state = EscrowState::Withdrawn;
         }
@@ -187,7 +188,10 @@ impl<'txn> Lanes<'txn> {
 
     /// Writes the rows back. An escrow withdrawn before anything of it could be published leaves no trace.
     pub fn close(mut self) -> Result<HashMap<Address, Option<Escrow>>, StoreError> {
-        for (address, slot) in &mut self.touched {
+        // In the table's own order.
+        let mut rows: Vec<(&Address, &mut Option<Escrow>)> = self.touched.iter_mut().collect();
+        rows.sort_unstable_by_key(|(address, _)| **address);
+        for (address, slot) in rows {
             let forgotten = slot
                 .as_ref()
                 .is_some_and(|escrow| escrow.state == EscrowState::Withdrawn && escrow.last_sequence == 0);
@@ -195,7 +199,7 @@ impl<'txn> Lanes<'txn> {
                 *slot = None;
             }
             match slot {
-                Some(escrow) => self.table.insert(&*address.0, encode(escrow)?.as_slice())?,
+                Some(escrow) => self.table.insert(&*address.0, escrow.encode()?.as_slice())?,
                 None => self.table.remove(&*address.0)?,
             };
         }

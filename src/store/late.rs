@@ -249,7 +249,7 @@ impl Store {
         let mut rows = HashMap::new();
         for address in addresses {
             if let Some(row) = table.get(&*address.0)? {
-                rows.insert(*address, decode("registry", row.value())?);
+                rows.insert(*address, Escrow::decode(row.value())?);
             }
         }
         Ok(rows)
@@ -274,7 +274,7 @@ impl Store {
         let mut rows = Vec::new();
         for row in self.db.begin_read()?.open_table(REGISTRY)?.iter()? {
             let (address, value) = row?;
-            rows.push((Address::from(*address.value()), decode("registry", value.value())?));
+            rows.push((Address::from(*address.value()), Escrow::decode(value.value())?));
         }
         Ok(rows)
     }

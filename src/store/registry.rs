@@ -6,7 +6,7 @@ use alloy::primitives::Address;
 use redb::ReadableTable;
 
 use super::StoreError;
-use super::schema::{Escrow, EscrowState, decode};
+use super::schema::{Escrow, EscrowState};
 use crate::event::Addresses;
 
 /// Addresses kept together as one list: with the factory as many as geth takes in one filter.
@@ -41,8 +41,7 @@ impl Registry {
         let mut registry = Self::default();
         for row in table.iter()? {
             let (address, value) = row?;
-            registry
-                .set(Address::from(*address.value()), Some(&decode::<Escrow>("registry", value.value())?));
+            registry.set(Address::from(*address.value()), Some(&Escrow::decode(value.value())?));
         }
         registry.forget_arrivals();
         Ok(registry)

@@ -45,9 +45,10 @@ pub(super) const COUNTS_FROM: &str = "counts from ";
 pub(super) const DIGESTS_FROM: &str = "digests_from";
 
 /// Version of this layout. 1 had no [`LATE_READS`] and no escrow that was [`EscrowState::Joining`]; 2 had no [`DIGESTS`], no
-/// [`UNAUDITED`], and no escrow that was [`EscrowState::Archived`].
+/// [`UNAUDITED`], no escrow that was [`EscrowState::Archived`], and wider rows of escrows, which are still read.
 pub(super) const SCHEMA: u32 = 3;
 const VALUE_VERSION: u8 = 1;
+const COMPACT_VERSION: u8 = 2;
 /// No value is larger: what a damaged length may make us allocate, in bytes.
 const VALUE_LIMIT: usize = 256 << 20;
 
@@ -91,8 +92,9 @@ pub(super) struct Progress {
 /// One escrow of the registry.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Escrow {
-    /// Height and hash of the block that announced it. Imported: of the first block that counts, and no hash.
-    pub announced: (u64, B256),
+    /// Height of the block that announced it, and the beginning of its hash: forks differ in it. Imported: of the first block
+    /// that counts, and 0.
+    pub announced: (u64, u64),
     /// Its logs have been read from this block on; the announcement may have been found later, in an earlier block.
     pub covered_from: u64,
     /// The sequence its last message carries; 0 before the first.
@@ -106,8 +108,44 @@ pub struct Escrow {
 impl Escrow {
     /// Whether somebody registered it by hand, and no announcement did.
     pub fn is_imported(&self) -> bool {
-        self.announced.1 == B256::ZERO
+        self.announced.1 == 0
     }
+
+    /// What is kept of the hash of the block that announced it.
+    pub(super) fn mark(hash: &B256) -> u64 {
+        let [a, b, c, d, e, f, g, h, ..] = hash.0;
+        match hash.is_zero() {
+            true => 0,
+            false => u64::from_be_bytes([a, b, c, d, e, f, g, h]).max(1),
+        }
+    }
+
+    /// There may be millions of these, so small numbers are written small.
+    pub(super) fn encode(&self) -> Result<Vec<u8>, StoreError> {
+        let mut bytes = Vec::with_capacity(32);
+        bytes.push(COMPACT_VERSION);
+        encode_into(self, &mut bytes, compact())?;
+        Ok(bytes)
+    }
+
+    pub(super) fn decode(bytes: &[u8]) -> Result<Self, StoreError> {
+        if bytes.first() == Some(&COMPACT_VERSION) {
+            return decode_rest("registry", &bytes[1..], compact());
+        }
+        let wide: WideEscrow = decode("registry", bytes)?;
+        let WideEscrow { announced: (number, hash), covered_from, last_sequence, ended, state } = wide;
+        Ok(Self { announced: (number, Self::mark(&hash)), covered_from, last_sequence, ended, state })
+    }
+}
+
+/// An [`Escrow`] as layouts 1 and 2 wrote it.
+#[derive(Serialize, Deserialize)]
+pub(super) struct WideEscrow {
+    pub announced: (u64, B256),
+    pub covered_from: u64,
+    pub last_sequence: u64,
+    pub ended: Option<u64>,
+    pub state: EscrowState,
 }
 
 /// Whether an escrow is watched.
@@ -244,24 +282,51 @@ fn config() -> impl bincode::config::Config {
     bincode::config::legacy().with_limit::<VALUE_LIMIT>()
 }
 
+fn compact() -> impl bincode::config::Config {
+    bincode::config::standard().with_limit::<VALUE_LIMIT>()
+}
+
+fn encode_into<T: Serialize>(
+    value: &T,
+    bytes: &mut Vec<u8>,
+    config: impl bincode::config::Config,
+) -> Result<(), StoreError> {
+    bincode::serde::encode_into_std_write(value, bytes, config)
+        .map(drop)
+        .map_err(|error| StoreError::Damaged { what: format!("a value cannot be encoded: {error}") })
+}
+
 pub(super) fn encode<T: Serialize>(value: &T) -> Result<Vec<u8>, StoreError> {
-    let mut bytes = vec![VALUE_VERSION];
-    bincode::serde::encode_into_std_write(value, &mut bytes, config())
-        .map_err(|error| StoreError::Damaged { what: format!("a value cannot be encoded: {error}") })?;
+    // As much as most messages need.
+    let mut bytes = Vec::with_capacity(2048);
+    bytes.push(VALUE_VERSION);
+    encode_into(value, &mut bytes, config())?;
     Ok(bytes)
 }
 
+fn damaged(table: &str, what: String) -> StoreError {
+    StoreError::Damaged { what: format!("table {table}: {what}") }
+}
+
 pub(super) fn decode<T: for<'de> Deserialize<'de>>(table: &str, bytes: &[u8]) -> Result<T, StoreError> {
-    let damaged = |what: String| StoreError::Damaged { what: format!("table {table}: {what}") };
-    let (&version, rest) = bytes.split_first().ok_or_else(|| damaged("an empty value".into()))?;
+    let (&version, rest) = bytes.split_first().ok_or_else(|| damaged(table, "an empty value".into()))?;
     if version != VALUE_VERSION {
-        return Err(damaged(format!("a value of version {version}, this program knows {VALUE_VERSION}")));
+        let what = format!("a value of version {version}, this program knows {VALUE_VERSION}");
+        return Err(damaged(table, what));
     }
-    let (value, used) = bincode::serde::decode_from_slice(rest, config())
-        .map_err(|error| damaged(format!("a value does not decode: {error}")))?;
+    decode_rest(table, rest, config())
+}
+
+fn decode_rest<T: for<'de> Deserialize<'de>>(
+    table: &str,
+    rest: &[u8],
+    config: impl bincode::config::Config,
+) -> Result<T, StoreError> {
+    let (value, used) = bincode::serde::decode_from_slice(rest, config)
+        .map_err(|error| damaged(table, format!("a value does not decode: {error}")))?;
     // bincode accepts trailing bytes silently.
     if used != rest.len() {
-        return Err(damaged(format!("a value has {} bytes too many", rest.len() - used)));
+        return Err(damaged(table, format!("a value has {} bytes too many", rest.len() - used)));
     }
     Ok(value)
 }

@@ -41,10 +41,11 @@ fn any_escrow() -> impl Strategy<Value = Escrow> {
         Just(EscrowState::Active),
         Just(EscrowState::Withdrawn),
         any::<u64>().prop_map(|late_read| EscrowState::Joining { late_read }),
+        Just(EscrowState::Archived),
     ];
-    (any::<u64>(), hash(), any::<u64>(), any::<u64>(), any::<Option<u64>>(), state).prop_map(
-        |(number, hash, covered_from, last_sequence, ended, state)| Escrow {
-            announced: (number, hash),
+    (any::<u64>(), any::<u64>(), any::<u64>(), any::<u64>(), any::<Option<u64>>(), state).prop_map(
+        |(number, mark, covered_from, last_sequence, ended, state)| Escrow {
+            announced: (number, mark),
             covered_from,
             last_sequence,
             ended,
@@ -199,4 +200,40 @@ proptest! {
         assert_read_or_noticed::<LateRead>(&bytes);
         assert_read_or_noticed::<Quarantined>(&bytes);
     }
+}
+
+proptest! {
+    #[test]
+    fn a_row_of_an_escrow_is_small_comes_back_as_it_was_and_an_older_ones_is_still_read(escrow in any_escrow(), hash in hash()) {
+        let bytes = escrow.encode().unwrap();
+        prop_assert_eq!(&Escrow::decode(&bytes).unwrap(), &escrow);
+        prop_assert!(Escrow::decode(&[&bytes[..], &[0]].concat()).is_err(), "a byte too many");
+        prop_assert!(Escrow::decode(&bytes[..bytes.len() - 1]).is_err(), "a byte too few");
+
+        let Escrow { announced: (number, _), covered_from, last_sequence, ended, state } = escrow;
+        let wide = schema::WideEscrow { announced: (number, hash), covered_from, last_sequence, ended, state };
+        let read = Escrow::decode(&encode(&wide).unwrap()).unwrap();
+        prop_assert_eq!(read, Escrow { announced: (number, Escrow::mark(&hash)), ..escrow });
+    }
+
+    #[test]
+    fn no_bytes_make_a_row_of_an_escrow_panic(bytes in bytes()) {
+        let _ = Escrow::decode(&bytes);
+        let _ = Escrow::decode(&[&[2], &bytes[..]].concat());
+    }
+}
+
+#[test]
+fn a_usual_row_of_an_escrow_has_few_bytes() {
+    let usual = Escrow {
+        announced: (9_508_321, u64::MAX),
+        covered_from: 9_508_321,
+        last_sequence: 4,
+        ended: Some(9_600_000),
+        state: EscrowState::Active,
+    };
+    assert!(usual.encode().unwrap().len() <= 28, "{:?}", usual.encode());
+    assert!(
+        !usual.is_imported() && Escrow { announced: (1, Escrow::mark(&B256::ZERO)), ..usual }.is_imported()
+    );
 }

@@ -268,6 +268,9 @@ impl<C: Chain> Scanner<C> {
         self.looks = 0;
         self.rest = Backoff::growing();
         self.linked = (self.linked * 2).min(LINKED_BLOCKS);
+        if self.ahead.is_empty() {
+            self.store.forget_arrivals();
+        }
         if std::mem::take(&mut self.said.behind) {
             info!("Answers are consistent again");
         }

@@ -74,9 +74,6 @@ impl<C: Chain> Scanner<C> {
         self.suspected = None;
         self.accept_range(fetched).await?;
         self.ahead.widen();
-        if self.ahead.is_empty() {
-            self.store.forget_arrivals();
-        }
         Ok(Step::Progress)
     }
 

@@ -370,7 +370,7 @@ impl Store {
         let changed = {
             let mut lanes = Lanes::open(&transaction, self.epoch)?;
             for (escrow, block) in &stretch.announced {
-                lanes.announce(*escrow, *block)?;
+                lanes.discover(*escrow, *block)?;
             }
             let mut log = transaction.open_table(EVENT_LOG)?;
             let mut digests = transaction.open_table(DIGESTS)?;
@@ -578,7 +578,11 @@ pub(crate) async fn on_disk<T: Send + 'static>(
     let store = Arc::clone(store);
     match tokio::task::spawn_blocking(move || work(&store)).await {
         Ok(result) => result,
-        Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
+        Err(error) => match error.try_into_panic() {
+            Ok(panicked) => std::panic::resume_unwind(panicked),
+            // The process ends: whoever waits ends with it.
+            Err(_) => std::future::pending().await,
+        },
     }
 }
 

@@ -169,7 +169,7 @@ impl<C: Chain> Auditor<C> {
         for logs in answers {
             harvest.gather(logs.logs(), range, &end)?;
         }
-        self.compare(range, harvest).await
+        self.compare(range, harvest, Some(range)).await
     }
 
     /// A block drawn by lot, by hash.
@@ -188,7 +188,7 @@ impl<C: Chain> Auditor<C> {
         for logs in self.ask(calls, 1).await? {
             harvest.gather(logs.logs(), block, &header)?;
         }
-        self.compare(block, harvest).await?;
+        self.compare(block, harvest, None).await?;
         Ok(Step::Progress)
     }
 
@@ -209,7 +209,13 @@ impl<C: Chain> Auditor<C> {
         vec![Call::Logs(LogFilter { span, addresses: Addresses::any(), topics: Arc::clone(&self.topics) })]
     }
 
-    async fn compare(&mut self, range: BlockRange, harvest: Harvest) -> Result<(), Trouble> {
+    /// `audited`: blocks that are done with this.
+    async fn compare(
+        &mut self,
+        range: BlockRange,
+        harvest: Harvest,
+        audited: Option<BlockRange>,
+    ) -> Result<(), Trouble> {
         let signatures = Arc::clone(&self.signatures);
         let found = self.recognise(&signatures, harvest).await?;
         let seen: Vec<((u64, u64), u64)> =
@@ -235,7 +241,14 @@ impl<C: Chain> Auditor<C> {
             .collect();
         let late = Arc::new(late);
         let stored = Arc::clone(&late);
-        let missed = on_disk(&self.store, move |store| store.accept_audited(range, &stored)).await?;
+        let nothing = late.events.is_empty()
+            && late.announced.is_empty()
+            && late.announced_earlier.is_empty()
+            && late.quarantined.is_empty();
+        let missed = match nothing && audited.is_none() {
+            true => 0,
+            false => on_disk(&self.store, move |store| store.accept_audited(audited, &stored)).await?,
+        };
         if std::mem::take(&mut self.said.unanswered) {
             info!("The audit goes on");
         }

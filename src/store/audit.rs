@@ -120,13 +120,21 @@ impl Store {
     }
 
     /// Stores what an audit found: events that were missed, as late, and escrows whose history has to be read once more from
-    /// block `found.next` on. `blocks` need no audit any more. Returns how many events are new.
-    pub fn accept_audited(&self, blocks: BlockRange, found: &LateStretch) -> Result<usize, StoreError> {
+    /// block `found.next` on. `blocks`, if any, need no audit any more. Returns how many events are new.
+    ///
+    /// Between the reading of what was found and this the scanner may have accepted blocks: what these brought counts.
+    pub fn accept_audited(
+        &self,
+        blocks: Option<BlockRange>,
+        found: &LateStretch,
+    ) -> Result<usize, StoreError> {
         let _writing = lock(&self.writer);
         let mut progress = lock(&self.progress).clone();
         let transaction = self.db.begin_write()?;
         let (changed, missed) = {
-            take_run(&mut transaction.open_table(UNAUDITED)?, blocks.from(), blocks.to() + 1)?;
+            if let Some(blocks) = blocks {
+                take_run(&mut transaction.open_table(UNAUDITED)?, blocks.from(), blocks.to() + 1)?;
+            }
             let mut lanes = Lanes::open(&transaction, self.epoch)?;
             let read_on = !found.announced.is_empty() || !found.announced_earlier.is_empty();
             let id = match read_on {

@@ -42,8 +42,17 @@ impl<'txn> Lanes<'txn> {
         Ok(escrow.unwrap_or_else(|| panic!("an entry for {address}, which was never announced")))
     }
 
+    /// Registers an escrow that is seen in its turn. If it became known late meanwhile, it stays as it is: its history, these
+    /// blocks included, is still to be read.
+    pub fn discover(&mut self, address: Address, block: BlockRef) -> Result<(), StoreError> {
+        match self.touch(address)?.as_ref().map(|escrow| escrow.state) {
+            Some(EscrowState::Active | EscrowState::Joining { .. } | EscrowState::Archived) => Ok(()),
+            Some(EscrowState::Withdrawn) | None => self.announce(address, block),
+        }
+    }
+
     /// Registers an escrow; one that was withdrawn comes back and is numbered on.
-    pub fn announce(&mut self, address: Address, block: BlockRef) -> Result<(), StoreError> {
+    fn announce(&mut self, address: Address, block: BlockRef) -> Result<(), StoreError> {
         let slot = self.touch(address)?;
         let last_sequence = slot.as_ref().map_or(0, |escrow| escrow.last_sequence);
         *slot = Some(Escrow {
@@ -69,11 +78,15 @@ impl<'txn> Lanes<'txn> {
         Ok(true)
     }
 
-    /// An earlier announcement of a watched escrow was found: what it emitted in between has yet to be read.
+    /// An earlier announcement of an escrow that is read already was found: what it emitted in between has yet to be read. Of
+    /// one that was imported, whoever did it said from where on it counts.
     pub fn announce_earlier(&mut self, address: Address, block: BlockRef) -> Result<(), StoreError> {
         let escrow = self.lane(address)?;
-        assert!(block.number < escrow.announced.0, "an earlier announcement");
-        escrow.announced = (block.number, Escrow::mark(&block.hash));
+        let is_read = matches!(escrow.state, EscrowState::Active | EscrowState::Archived);
+        if is_read && !escrow.is_imported() && block.number < escrow.announced.0 {
+            escrow.state = EscrowState::Active;
+            escrow.announced = (block.number, Escrow::mark(&block.hash));
+        }
         Ok(())
     }
 

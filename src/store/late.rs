@@ -98,7 +98,10 @@ pub(super) fn put_late(
     stretch: &LateStretch,
 ) -> Result<usize, StoreError> {
     for (escrow, block) in &stretch.announced {
-        lanes.join(*escrow, *block, id)?;
+        // One that came to be read meanwhile is known from a later block.
+        if !lanes.join(*escrow, *block, id)? {
+            lanes.announce_earlier(*escrow, *block)?;
+        }
     }
     for (escrow, block) in &stretch.announced_earlier {
         lanes.announce_earlier(*escrow, *block)?;

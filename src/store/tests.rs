@@ -619,16 +619,47 @@ fn blocks_read_unfinal_are_to_be_audited_until_they_were_and_not_if_they_left_th
 
     let missed = event(escrow(1), block(3, 0), 7, false);
     let late = LateStretch { events: vec![missed.clone()], ..LateStretch::default() };
-    assert_eq!(store.accept_audited(BlockRange::new(2, 3).unwrap(), &late).unwrap(), 1);
+    assert_eq!(store.accept_audited(BlockRange::new(2, 3), &late).unwrap(), 1);
     assert_eq!(unaudited(), Some((4, 5)));
-    assert_eq!(store.accept_audited(BlockRange::new(3, 3).unwrap(), &late).unwrap(), 0, "it stands already");
-    store.accept_audited(BlockRange::new(5, 5).unwrap(), &LateStretch::default()).unwrap();
+    assert_eq!(store.accept_audited(BlockRange::new(3, 3), &late).unwrap(), 0, "it stands already");
+    store.accept_audited(BlockRange::new(5, 5), &LateStretch::default()).unwrap();
     assert_eq!(unaudited(), Some((4, 4)), "a block in the middle");
     let seen = [((3, 7), missed.digest), ((3, 8), 1), ((3, 9), missed.digest)];
     let comparison = store.compare(BlockRange::new(3, 3).unwrap(), &seen, vec![(3, 1)]).unwrap();
     assert_eq!((comparison.missed, comparison.odd), (vec![(3, 8), (3, 9)], vec![(3, 1)]));
     let comparison = store.compare(BlockRange::new(3, 3).unwrap(), &seen[2..], vec![]).unwrap();
     assert_eq!((comparison.renumbered, comparison.extra), (1, vec![]));
+}
+
+#[test]
+fn an_escrow_that_the_scanner_and_the_audit_find_at_once_is_read_from_its_first_announcement() {
+    let found =
+        |next| LateStretch { announced: vec![(escrow(1), block(next, 0))], next, ..LateStretch::default() };
+    for audit_first in [true, false] {
+        let store = memory();
+        for number in 1..=4 {
+            store.accept(&stretch(block(number, 0), &[], &[])).unwrap();
+        }
+        // The scanner has not seen the announcement in block 2, and sees another in block 5.
+        let audit = || store.accept_audited(BlockRange::new(2, 3), &found(2)).unwrap();
+        if audit_first {
+            audit();
+        }
+        store.accept(&stretch(block(5, 0), &[1], &[1])).unwrap();
+        if !audit_first {
+            audit();
+        }
+        let row = store.escrows_of(&[escrow(1)]).unwrap()[&escrow(1)].clone();
+        assert_eq!(row.announced.0, 2, "audit first: {audit_first}");
+        let (id, read) = store.late_read().expect("blocks 2 to 4 are still to be read");
+        assert_eq!(read.next, 2);
+        let events = vec![event(escrow(1), block(3, 0), 9, false), event(escrow(1), block(5, 0), 1, false)];
+        assert!(store.accept_late(id, &late_stretch(6, events)).unwrap());
+        assert!(store.registry().contains(&escrow(1)));
+        let log: Vec<_> =
+            store.claim(9).unwrap().into_iter().map(|it| (it.entry.block_number, it.entry.late)).collect();
+        assert_eq!(log, [(5, false), (5, false), (3, true)], "what stands comes once");
+    }
 }
 
 #[test]

@@ -200,7 +200,7 @@ fn script() -> Script {
         ("what the audit found", |store| {
             let missed = event(escrow(7), block(2, 2), 77, false);
             let found = LateStretch { events: vec![missed], ..LateStretch::default() };
-            store.accept_audited(crate::event::BlockRange::new(2, 2).unwrap(), &found).map(drop)
+            store.accept_audited(crate::event::BlockRange::new(2, 2), &found).map(drop)
         }),
     ]
 }

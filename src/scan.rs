@@ -110,6 +110,8 @@ pub struct Scanner<C> {
     target: Option<u64>,
     /// Heads announced by a subscription.
     heads: Option<watch::Receiver<Option<Header>>>,
+    /// The last head came by announcement: when it is read, the next is waited for, not polled for at once.
+    followed: bool,
     /// Heads in a row that polls found and that had not been announced, and the last of them.
     unannounced: (u32, u64),
     /// Headers seen at the head, not yet read: a chain linked by parent hashes.
@@ -198,6 +200,7 @@ impl<C: Chain> Scanner<C> {
         };
         Self {
             heads: chain.heads(),
+            followed: false,
             unannounced: (0, 0),
             decoder,
             archive_after: config.escrow.archive_after,
@@ -238,6 +241,7 @@ impl<C: Chain> Scanner<C> {
 
     /// What to do after a step that read nothing.
     fn recover(&mut self, trouble: Trouble) -> Result<Step, ScanError> {
+        self.followed = false;
         self.ahead.clear();
         match trouble {
             Trouble::Store(error) => Err(error.into()),
@@ -284,6 +288,7 @@ impl<C: Chain> Scanner<C> {
         if self.target.is_none_or(|target| target < next) {
             let nothing_new = match self.announced() {
                 Some(head) => self.follow(next, head),
+                None if std::mem::take(&mut self.followed) => return Ok(Step::Idle),
                 None => self.poll(next).await?,
             };
             if let Some(step) = nothing_new {
@@ -328,6 +333,7 @@ impl<C: Chain> Scanner<C> {
 
     /// Sets the target by an announced head. `Some`: there is nothing to read yet.
     fn follow(&mut self, next: u64, head: Header) -> Option<Step> {
+        self.followed = true;
         self.unannounced = (0, 0);
         self.finality.head = head.block.number;
         metrics::head(head.block.number);

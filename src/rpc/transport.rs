@@ -80,10 +80,15 @@ impl Transport {
         let Self::WebSocket { url, connection, timeout } = self else {
             return Err(Failure::fault("no web socket"));
         };
-        match tokio::time::timeout(*timeout, subscribe(url, connection, request)).await {
+        let subscribed = match tokio::time::timeout(*timeout, subscribe(url, connection, request)).await {
             Ok(subscribed) => subscribed,
             Err(_) => Err(Failure::fault(format_args!("no answer within {timeout:?}"))),
+        };
+        if subscribed.is_err() {
+            // It may be dead: the next attempt makes another.
+            *connection.lock().await = None;
         }
+        subscribed
     }
 
     pub async fn round_trip(&self, packet: RequestPacket) -> Result<Reply, Failure> {

@@ -25,6 +25,7 @@ mod backoff;
 pub mod check;
 pub mod config;
 pub mod event;
+mod progress;
 pub mod publish;
 pub mod pubsub;
 pub mod rpc;
@@ -199,6 +200,13 @@ impl Relay {
             &self.config,
             until,
         );
+        let telling = progress::tell(
+            scanner.goal(),
+            Arc::clone(&self.store),
+            Arc::clone(&self.rpc),
+            until != Until::Forever,
+        );
+        let telling = AbortOnDropHandle::new(tokio::spawn(telling));
         let publisher = Publisher::new(self.sink, Arc::clone(&self.store), &self.config.sink);
         let max_waiting = self.config.ledger.max_waiting.get();
         let scanning = tokio::spawn(scan_loop(
@@ -211,6 +219,8 @@ impl Relay {
         ));
         let publishing = tokio::spawn(publish_loop(publisher, stop.clone(), read));
         let (scanned, published) = tokio::join!(joined(scanning), joined(publishing));
+        drop(telling);
+        telemetry::end_progress_bar();
         scanned?;
         let ending = published?;
         info!(

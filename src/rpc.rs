@@ -68,7 +68,7 @@ pub struct Rpc {
     resubscribe: Notify,
     /// What the configuration says of refusals.
     told: Vec<RefusalText>,
-    /// The id of the next request.
+    /// The id of the next call: none is used twice.
     next_id: AtomicU64,
     /// Texts already logged in full.
     never_seen: Mutex<HashSet<String>>,
@@ -186,6 +186,11 @@ impl Rpc {
     /// The providers' URLs, the preferred first.
     pub fn providers(&self) -> impl Iterator<Item = &SecretUrl> {
         self.providers.iter().map(|provider| &provider.url)
+    }
+
+    /// How many calls were made.
+    pub fn calls(&self) -> u64 {
+        self.next_id.load(Ordering::Relaxed) - 1
     }
 
     /// Which of the providers was asked last.

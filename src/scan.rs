@@ -108,6 +108,8 @@ pub struct Scanner<C> {
     until: Until,
     /// The highest block that may be read now.
     target: Option<u64>,
+    /// The last block to read, as far as it is known.
+    goal: watch::Sender<u64>,
     /// Heads announced by a subscription.
     heads: Option<watch::Receiver<Option<Header>>>,
     /// The last head came by announcement: when it is read, the next is waited for, not polled for at once.
@@ -199,6 +201,7 @@ impl<C: Chain> Scanner<C> {
             store: Arc::clone(&store),
         };
         Self {
+            goal: watch::Sender::new(0),
             heads: chain.heads(),
             followed: false,
             unannounced: (0, 0),
@@ -310,6 +313,11 @@ impl<C: Chain> Scanner<C> {
 
     fn is_done(&self, next: u64) -> bool {
         matches!(self.until, Until::Block(last) if next > last)
+    }
+
+    /// The last block to read: of the run, or for now; 0 while it is not known.
+    pub fn goal(&self) -> watch::Receiver<u64> {
+        self.goal.subscribe()
     }
 
     /// Changes with each head that is announced; `None`: there are no announcements, only polls.
@@ -442,6 +450,10 @@ impl<C: Chain> Scanner<C> {
         }
         self.target = Some(match self.until {
             Until::Block(last) => horizon.min(last),
+            Until::Forever | Until::Head => horizon,
+        });
+        self.goal.send_replace(match self.until {
+            Until::Block(last) => last,
             Until::Forever | Until::Head => horizon,
         });
     }

@@ -325,6 +325,11 @@ impl Store {
         self.registry.read().expect("a registry writer panicked")
     }
 
+    /// How many entries there ever were.
+    pub fn entries(&self) -> u64 {
+        lock(&self.progress).next_position
+    }
+
     /// How many entries are not acknowledged.
     pub fn waiting(&self) -> u64 {
         self.waiting.load(Ordering::Acquire)

@@ -5,4 +5,4 @@ mod logs;
 pub mod metrics;
 
 pub use http::{Pages, serve};
-pub use logs::init_logs;
+pub use logs::{end_progress_bar, init_logs, progress_bar};

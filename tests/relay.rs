@@ -323,6 +323,21 @@ async fn until_a_block_relays_up_to_that_block_and_the_next_run_goes_on_from_the
 }
 
 #[tokio::test]
+async fn a_long_job_says_now_and_then_how_far_it_is() {
+    let world = World::new().await;
+    world.factory.create_many(3).await;
+    let head = world.chain.block_number().await;
+    let mut relayer = world.setup.start(&["run", "--until", &(head + 2).to_string()]);
+    let said = relayer.wait_logged(&format!("Relayed up to block {head} of {}", head + 2)).await;
+    assert_eq!(
+        (&said["block"], &said["last"], &said["events"]),
+        (&head.into(), &(head + 2).into(), &3.into())
+    );
+    world.chain.mine(2).await;
+    relayer.ended().await.good();
+}
+
+#[tokio::test]
 async fn until_a_block_to_come_says_that_it_waits_and_ends_when_it_is_mined() {
     let world = World::new().await;
     let escrow = world.factory.create_escrow().await;

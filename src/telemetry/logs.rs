@@ -1,6 +1,9 @@
 //! Logs, to stderr: stdout is for data.
 
 use std::io::{self, IsTerminal};
+use std::sync::{Mutex, MutexGuard};
+
+use indicatif::ProgressBar;
 
 use tracing::level_filters::LevelFilter;
 use tracing::{Level, Subscriber};
@@ -30,7 +33,45 @@ pub fn init_logs(format: LogFormat) {
     };
     let filter = std::env::var("RUST_LOG").unwrap_or_default();
     // It fails only if a test or an embedding program has already set one.
-    let _ = subscriber(look, &filter, io::stderr).try_init();
+    let _ = subscriber(look, &filter, || AboveTheBar).try_init();
+}
+
+/// The bar at the bottom of the terminal, if there is one.
+static BAR: Mutex<Option<ProgressBar>> = Mutex::new(None);
+
+fn bar() -> MutexGuard<'static, Option<ProgressBar>> {
+    BAR.lock().expect("no code that panics runs under this lock")
+}
+
+/// A bar on standard error, below the log lines. `None`: it is no terminal, or standard output prints to it, too.
+pub fn progress_bar() -> Option<ProgressBar> {
+    if !io::stderr().is_terminal() || io::stdout().is_terminal() {
+        return None;
+    }
+    Some(bar().insert(ProgressBar::new(0)).clone())
+}
+
+/// Leaves the bar as it is, and the terminal to what comes after it.
+pub fn end_progress_bar() {
+    if let Some(bar) = bar().take() {
+        bar.abandon();
+    }
+}
+
+/// Standard error, without tearing the bar.
+struct AboveTheBar;
+
+impl io::Write for AboveTheBar {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        match &*bar() {
+            Some(bar) => bar.suspend(|| io::stderr().write(line)),
+            None => io::stderr().write(line),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        io::stderr().flush()
+    }
 }
 
 enum Look {

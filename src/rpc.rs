@@ -81,6 +81,8 @@ struct Provider {
     verified: AtomicBool,
     /// How often in a row it answered with another chain's id.
     wrong_looks: AtomicU32,
+    /// Requests in a row that were refused as a whole in words nobody understands.
+    wondered: AtomicU32,
     /// Calls it takes in one request, as learnt.
     batch: Mutex<Size>,
 }
@@ -95,13 +97,18 @@ impl Provider {
         self.size().cap(than as u64 / 2);
     }
 
-    /// So many calls in one request were too many, perhaps.
-    fn try_smaller_batches(&self, than: usize) {
-        self.size().refuse(than as u64);
+    /// So many calls in one request were refused in words nobody understands: again, and it may be their number.
+    fn wonder_about_batches(&self, than: usize) {
+        if self.wondered.fetch_add(1, Ordering::Relaxed) > 0 {
+            self.size().refuse(than as u64);
+        }
     }
 
     /// A request with so many calls was answered.
     fn took(&self, calls: usize) {
+        if calls > 1 {
+            self.wondered.store(0, Ordering::Relaxed);
+        }
         self.size().answered(calls as u64);
     }
 
@@ -162,6 +169,7 @@ impl Rpc {
                 transport: Transport::new(url, config.timeout)?,
                 verified: AtomicBool::new(false),
                 wrong_looks: AtomicU32::new(0),
+                wondered: AtomicU32::new(0),
                 batch: Mutex::new(Size::new(config.max_batch.get() as u64)),
             })
         });
@@ -330,7 +338,7 @@ impl Rpc {
                 }
                 // Perhaps it was that they came together.
                 if whole && batch > 1 {
-                    provider.try_smaller_batches(batch);
+                    provider.wonder_about_batches(batch);
                 }
                 Refused::Unknown(message)
             }
@@ -535,6 +543,26 @@ impl Chain for Rpc {
             }
         }
         Some(Err(refused))
+    }
+
+    async fn ask_ahead(&self, calls: Vec<Call>) -> Option<Vec<Answer>> {
+        let current = self.health.choose()?;
+        let batches = calls.chunks(self.providers[current].batch());
+        let began = Instant::now();
+        let answered = try_join_all(batches.map(|batch| self.try_once(current, batch))).await.ok()?;
+        let mut answers = Vec::with_capacity(calls.len());
+        for outcome in answered.into_iter().flatten() {
+            match outcome {
+                Ok(answer) => answers.push(answer),
+                Err(refusing) => {
+                    if matches!(refusing.verdict, Verdict::Wait { .. } | Verdict::Fault) {
+                        self.health.failed(current, &refusing.message, refusing.hint(), began.elapsed());
+                    }
+                    return None;
+                }
+            }
+        }
+        Some(answers)
     }
 
     async fn ask_once(&self, calls: Vec<Call>) -> Result<Vec<Answer>, Refused> {

@@ -93,7 +93,8 @@ impl Health {
         }
     }
 
-    fn choose(&self) -> Option<usize> {
+    /// Whom to ask; `None` while nobody answers.
+    pub fn choose(&self) -> Option<usize> {
         let (now, providers) = (Instant::now(), self.lock());
         let first = providers.iter().position(|provider| provider.is_first_choice(now));
         let chosen = first.or_else(|| {

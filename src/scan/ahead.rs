@@ -66,12 +66,14 @@ struct Slot {
 
 /// What was told of a range, and its logs.
 type There = (Ends, Harvest);
-type Asking = AbortOnDropHandle<Result<Box<There>, Trouble>>;
+type Asking = AbortOnDropHandle<Result<Option<Box<There>>, Trouble>>;
 
 enum State {
     Asking(Asking),
     There(Box<There>),
     Refused(Trouble),
+    /// Asked for ahead, and not answered.
+    Unanswered,
     /// Between two of the others.
     Changing,
 }
@@ -128,7 +130,7 @@ impl Ahead {
     ) {
         let addresses = filters.iter().map(|filter| filter.addresses.len()).max().unwrap_or(0);
         let logs = filters.into_iter().map(Call::Logs).collect();
-        let ask = Ask { range, linked, told: None, logs };
+        let ask = Ask { range, linked, ahead: !self.slots.is_empty(), told: None, logs };
         let arrivals = decoder.store.registry().arrivals();
         let state = asking(Arc::clone(chain), decoder.clone(), ask, Harvest::default(), way);
         let (started, followed) = (Instant::now(), HashSet::new());
@@ -146,24 +148,27 @@ impl Ahead {
         });
     }
 
-    /// The first range, when it is there.
+    /// The first range, when it is there. `None`: it has to be asked for again.
     pub async fn first<C: Chain>(
         &mut self,
         chain: &Arc<C>,
         following: &Following,
-    ) -> Result<Fetched, Trouble> {
+    ) -> Result<Option<Fetched>, Trouble> {
         loop {
+            self.drop_unanswered();
             self.follow(chain, following);
-            let first = self.slots.front_mut().expect("somebody asked");
+            let Some(first) = self.slots.front_mut() else {
+                return Ok(None);
+            };
             match std::mem::replace(&mut first.state, State::Changing) {
                 State::There(there) => {
                     let (Ends { parent, end }, harvest) = *there;
                     let end = end.expect("what was cut is followed up");
                     let Slot { range, way, addresses, started, .. } = self.slots.pop_front().expect("it is");
-                    return Ok(Fetched { range, way, addresses, started, parent, end, harvest });
+                    return Ok(Some(Fetched { range, way, addresses, started, parent, end, harvest }));
                 }
                 State::Refused(trouble) => return Err(trouble.about(first.range.blocks(), first.asking)),
-                asking @ (State::Asking(_) | State::Changing) => first.state = asking,
+                asking @ (State::Asking(_) | State::Unanswered | State::Changing) => first.state = asking,
             }
             self.wait().await;
         }
@@ -173,21 +178,32 @@ impl Ahead {
     async fn wait(&mut self) {
         let under_way = self.slots.iter_mut().enumerate().filter_map(|(place, slot)| match &mut slot.state {
             State::Asking(asking) => Some(Box::pin(async move { (place, asking.await) })),
-            State::There(..) | State::Refused(_) | State::Changing => None,
+            State::There(..) | State::Refused(_) | State::Unanswered | State::Changing => None,
         });
         let ((place, asked), ..) = select_all(under_way).await;
         self.slots[place].state = match asked {
-            Ok(Ok(there)) => State::There(there),
+            Ok(Ok(Some(there))) => State::There(there),
+            Ok(Ok(None)) => State::Unanswered,
             Ok(Err(trouble)) => State::Refused(trouble),
             Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
         };
+    }
+
+    /// What was not answered ahead is asked for when its turn comes, and what lies behind it then, too.
+    fn drop_unanswered(&mut self) {
+        let unanswered = |slot: &Slot| matches!(slot.state, State::Unanswered);
+        if let Some(place) = self.slots.iter().position(unanswered) {
+            self.slots.truncate(place);
+            self.width = 1;
+        }
     }
 
     /// Asks for the logs of escrows that were not known when a range was asked for.
     fn follow<C: Chain>(&mut self, chain: &Arc<C>, following: &Following) {
         self.cut_dense(following);
         let mut earlier: Vec<Address> = Vec::new();
-        for slot in &mut self.slots {
+        for (place, slot) in self.slots.iter_mut().enumerate() {
+            let ahead = place > 0;
             if let (State::There(there), None) = (&slot.state, &slot.fresh) {
                 slot.fresh = Some(there.1.unregistered(&following.decoder.store.registry()));
             }
@@ -200,10 +216,12 @@ impl Ahead {
             {
                 let (start, is_whole) = (slot.range.from(), there.0.end.is_some());
                 match news(following, slot, &earlier, fresh) {
-                    Some((from, addresses)) if is_whole => slot.follow(chain, following, from, addresses),
-                    Some((_, addresses)) => slot.follow(chain, following, start, addresses),
+                    Some((from, addresses)) if is_whole => {
+                        slot.follow(chain, following, ahead, from, addresses)
+                    }
+                    Some((_, addresses)) => slot.follow(chain, following, ahead, start, addresses),
                     None if is_whole => {}
-                    None => slot.follow(chain, following, start, Vec::new()),
+                    None => slot.follow(chain, following, ahead, start, Vec::new()),
                 }
             }
             earlier.extend(slot.fresh.iter().flatten().map(|(escrow, _)| *escrow));
@@ -283,6 +301,7 @@ impl Slot {
         &mut self,
         chain: &Arc<C>,
         following: &Following,
+        ahead: bool,
         from: u64,
         addresses: Vec<Address>,
     ) {
@@ -303,19 +322,23 @@ impl Slot {
         self.followed.extend(addresses);
         // A part that was cut off has its own ends.
         let linked = ends.end.is_none() && ends.parent.is_none();
-        let ask = Ask { range: span, linked, told: Some(ends), logs };
+        let ask = Ask { range: span, linked, ahead, told: Some(ends), logs };
         self.state = asking(Arc::clone(chain), following.decoder.clone(), ask, harvest, Way::Everyone);
     }
 }
 
 /// `way`: in which what turns up in it is still to be asked for, by addresses.
 fn asking<C: Chain>(chain: Arc<C>, decoder: Decoder, ask: Ask, mut harvest: Harvest, way: Way) -> State {
+    let ahead = ask.ahead;
     let asked = async move {
-        let ends = ask_range(&*chain, ask, &mut harvest).await?;
+        let Some(ends) = ask_range(&*chain, ask, &mut harvest).await? else {
+            return Ok(None);
+        };
         let to_be_followed = |harvest: &Harvest| {
             way == Way::Addresses && !harvest.unregistered(&decoder.store.registry()).is_empty()
         };
-        Ok(Box::new((ends, harvest.prepare(&*chain, &decoder, to_be_followed).await?)))
+        let harvest = harvest.prepare(&*chain, &decoder, ahead, to_be_followed).await?;
+        Ok(Some(Box::new((ends, harvest))))
     };
     State::Asking(AbortOnDropHandle::new(tokio::spawn(asked)))
 }

@@ -26,6 +26,10 @@ pub trait Chain: Send + Sync + 'static {
         calls: Vec<Call>,
     ) -> impl Future<Output = Option<Result<Vec<Answer>, Refused>>> + Send;
 
+    /// Asks what is not needed yet: one attempt, none while the provider is in trouble. `None`: it was not answered; whoever
+    /// needs it then asks again and learns why.
+    fn ask_ahead(&self, calls: Vec<Call>) -> impl Future<Output = Option<Vec<Answer>>> + Send;
+
     /// Asks the provider in use: one attempt, without consequences for who is asked next.
     fn ask_once(&self, calls: Vec<Call>) -> impl Future<Output = Result<Vec<Answer>, Refused>> + Send;
 

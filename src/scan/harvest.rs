@@ -76,7 +76,7 @@ impl Harvest {
         let places: Vec<Place> = self.logs.keys().copied().collect();
         match self.untimed(&places) {
             untimed if untimed.is_empty() => Ok(()),
-            untimed => self.ask_times(chain, untimed).await,
+            untimed => self.ask_times(chain, untimed, false).await.map(drop),
         }
     }
 
@@ -166,23 +166,24 @@ impl Harvest {
     }
 
     /// Makes events of what was gathered, as far as it can be said by now which logs are; asks for times that are missing,
-    /// unless these are `to_be_followed` by others: then for all at once, the next time.
+    /// unless these are `to_be_followed` by others: then for all at once, the next time. `ahead`: nobody waits for it yet.
     pub async fn prepare<C: Chain>(
         mut self,
         chain: &C,
         decoder: &Decoder,
+        ahead: bool,
         to_be_followed: impl FnOnce(&Self) -> bool,
     ) -> Result<Self, Trouble> {
         self.read_announcements(decoder);
         let mut places = self.take_ours(decoder);
         let untimed = self.untimed(&places);
-        if !untimed.is_empty() && to_be_followed(&self) {
+        let untimed_yet =
+            !untimed.is_empty() && (to_be_followed(&self) || !self.ask_times(chain, untimed, ahead).await?);
+        if untimed_yet {
             let (timed, rest) =
                 places.into_iter().partition(|place| self.time_of(&self.logs[place]).is_some());
             self.fresh_logs.extend::<Vec<Place>>(rest);
             places = timed;
-        } else if !untimed.is_empty() {
-            self.ask_times(chain, untimed).await?;
         }
         if places.len() < LOGS_A_THREAD {
             self.decode(decoder, &places);
@@ -199,13 +200,17 @@ impl Harvest {
         }
     }
 
+    /// `false`: it was asked for ahead, and not answered.
     async fn ask_times<C: Chain>(
         &mut self,
         chain: &C,
         blocks: BTreeMap<u64, BlockRef>,
-    ) -> Result<(), Trouble> {
+        ahead: bool,
+    ) -> Result<bool, Trouble> {
         let calls = blocks.keys().map(|number| Call::Header(BlockTag::Number(*number))).collect();
-        let answers = chain.ask(calls).await.map_err(Trouble::refused)?;
+        let Some(answers) = ask(chain, calls, ahead).await? else {
+            return Ok(false);
+        };
         for (answer, block) in answers.into_iter().zip(blocks.values()) {
             match answer.header() {
                 Some(header) if header.block == *block => {
@@ -217,7 +222,7 @@ impl Harvest {
                 }
             }
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Escrows announced here that are not registered, with the block that announced each first.
@@ -293,11 +298,21 @@ pub(super) fn quarantined(log: &Log, reason: String) -> Quarantined {
     }
 }
 
+/// `None`: it was asked for ahead, and not answered.
+async fn ask<C: Chain>(chain: &C, calls: Vec<Call>, ahead: bool) -> Result<Option<Vec<Answer>>, Trouble> {
+    match ahead {
+        true => Ok(chain.ask_ahead(calls).await),
+        false => chain.ask(calls).await.map(Some).map_err(Trouble::refused),
+    }
+}
+
 /// The calls for a range.
 pub(super) struct Ask {
     pub range: BlockRange,
     /// Whether to ask which block it follows.
     pub linked: bool,
+    /// Nobody waits for it yet.
+    pub ahead: bool,
     /// What was told of its ends before.
     pub told: Option<Ends>,
     pub logs: Vec<Call>,
@@ -313,16 +328,22 @@ pub(super) struct Ends {
 }
 
 /// Asks for a range: with its logs come the headers of its ends, so that it is known where it belongs and that the node
-/// answering has all of it.
-pub(super) async fn ask_range<C: Chain>(chain: &C, ask: Ask, harvest: &mut Harvest) -> Result<Ends, Trouble> {
-    let Ask { range, linked, told, logs } = ask;
+/// answering has all of it. `None`: it was asked for ahead, and not answered.
+pub(super) async fn ask_range<C: Chain>(
+    chain: &C,
+    request: Ask,
+    harvest: &mut Harvest,
+) -> Result<Option<Ends>, Trouble> {
+    let Ask { range, linked, ahead, told, logs } = request;
     let header = |number| Call::Header(BlockTag::Number(number));
     let single = range.from() == range.to();
     let mut calls = vec![header(range.to())];
     calls.extend((linked && !single).then(|| header(range.from())));
     let heads = calls.len();
     calls.extend(logs);
-    let mut answers = chain.ask(calls).await.map_err(Trouble::refused)?;
+    let Some(mut answers) = ask(chain, calls, ahead).await? else {
+        return Ok(None);
+    };
     let logs = answers.split_off(heads);
     let mut headers = answers.into_iter().map(Answer::header);
     let end = whole(range, headers.next().flatten())?;
@@ -342,5 +363,5 @@ pub(super) async fn ask_range<C: Chain>(chain: &C, ask: Ask, harvest: &mut Harve
     for logs in logs {
         harvest.gather(logs.logs(), range, &end)?;
     }
-    Ok(Ends { parent: parent.or(told.and_then(|told| told.parent)), end: Some(end) })
+    Ok(Some(Ends { parent: parent.or(told.and_then(|told| told.parent)), end: Some(end) }))
 }

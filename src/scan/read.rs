@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use alloy::primitives::{Address, B256};
 use tracing::{info, warn};
@@ -57,7 +57,10 @@ impl<C: Chain> Scanner<C> {
             at_once: self.limits.addresses(),
             everyone: self.limits.everyone(),
         };
-        let fetched = self.ahead.first(&self.chain, &following).await?;
+        let Some(fetched) = self.ahead.first(&self.chain, &following).await? else {
+            // What was asked for ahead was not answered: now it is needed.
+            return Ok(Step::Wait(Duration::ZERO));
+        };
         let cursor = self.store.cursor();
         if let (Some(cursor), Some(parent)) = (cursor, fetched.parent)
             && parent != cursor.hash
@@ -202,7 +205,7 @@ impl<C: Chain> Scanner<C> {
             filters.iter().map(of_block).map(Call::Logs).collect()
         };
         self.gather_linked(&mut harvest, headers, first).await?;
-        let mut harvest = harvest.prepare(&*self.chain, &self.decoder, |_| false).await?;
+        let mut harvest = harvest.prepare(&*self.chain, &self.decoder, false, |_| false).await?;
         let fresh = harvest.unregistered(&self.store.registry());
         if fresh.is_empty() || way == Way::Everyone {
             return Ok((harvest, addresses));
@@ -213,7 +216,7 @@ impl<C: Chain> Scanner<C> {
             self.log_calls(Span::Block(header.block.hash), &addresses, &self.lifecycle_topics)
         };
         self.gather_linked(&mut harvest, headers, again).await?;
-        Ok((harvest.prepare(&*self.chain, &self.decoder, |_| false).await?, addresses))
+        Ok((harvest.prepare(&*self.chain, &self.decoder, false, |_| false).await?, addresses))
     }
 
     /// Asks what `calls` says for each block, all in one go.
@@ -246,7 +249,7 @@ impl<C: Chain> Scanner<C> {
         started: Instant,
     ) -> Result<usize, Trouble> {
         // Some escrow may have come to be registered since.
-        let harvest = harvest.prepare(&*self.chain, &self.decoder, |_| false).await?;
+        let harvest = harvest.prepare(&*self.chain, &self.decoder, false, |_| false).await?;
         let (whole, others) = harvest.stretch(&self.decoder);
         let (from, to, found) = (range.from(), range.to(), whole.announced.len());
         info!(from, to, events = whole.events.len(), "Processing blocks {from} to {to}");

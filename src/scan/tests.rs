@@ -203,6 +203,10 @@ impl Chain for Fake {
         *self.missed.lock().unwrap() += 1;
     }
 
+    async fn ask_ahead(&self, calls: Vec<Call>) -> Option<Vec<Answer>> {
+        self.ask(calls).await.ok()
+    }
+
     async fn ask_once(&self, calls: Vec<Call>) -> Result<Vec<Answer>, Refused> {
         self.ask(calls).await
     }

@@ -45,6 +45,10 @@ impl<'txn> Lanes<'txn> {
     /// Registers an escrow; one that was withdrawn comes back and is numbered on.
     pub fn announce(&mut self, address: Address, block: BlockRef) -> Result<(), StoreError> {
         let slot = self.touch(address)?;
+        // An audit found it announced earlier, just now: the late read goes on from there.
+        if slot.as_ref().is_some_and(|escrow| matches!(escrow.state, EscrowState::Joining { .. })) {
+            return Ok(());
+        }
         let last_sequence = slot.as_ref().map_or(0, |escrow| escrow.last_sequence);
         *slot = Some(Escrow {
             announced: (block.number, Escrow::mark(&block.hash)),
@@ -69,8 +73,17 @@ impl<'txn> Lanes<'txn> {
         Ok(true)
     }
 
-    /// An earlier announcement of a watched escrow was found: what it emitted in between has yet to be read.
-    pub fn announce_earlier(&mut self, address: Address, block: BlockRef) -> Result<(), StoreError> {
+    /// An earlier announcement of a watched escrow was found: what it emitted in between has yet to be read. Where a fork
+    /// has taken the later one since, the late read reads all of it.
+    pub fn announce_earlier(
+        &mut self,
+        address: Address,
+        block: BlockRef,
+        late_read: u64,
+    ) -> Result<(), StoreError> {
+        if self.join(address, block, late_read)? {
+            return Ok(());
+        }
         let escrow = self.lane(address)?;
         assert!(block.number < escrow.announced.0, "an earlier announcement");
         escrow.announced = (block.number, Escrow::mark(&block.hash));

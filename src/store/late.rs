@@ -101,7 +101,7 @@ pub(super) fn put_late(
         lanes.join(*escrow, *block, id)?;
     }
     for (escrow, block) in &stretch.announced_earlier {
-        lanes.announce_earlier(*escrow, *block)?;
+        lanes.announce_earlier(*escrow, *block, id)?;
     }
     let mut log = transaction.open_table(EVENT_LOG)?;
     let mut digests = transaction.open_table(DIGESTS)?;

@@ -566,7 +566,11 @@ impl Chain for Rpc {
     }
 
     async fn ask_once(&self, calls: Vec<Call>) -> Result<Vec<Answer>, Refused> {
-        self.ask_provider(self.provider_in_use(), &calls).await
+        let provider = self.provider_in_use();
+        if self.health.is_failing(provider) {
+            return Err(Refused::Unknown("the provider in use does not answer now".to_owned()));
+        }
+        self.ask_provider(provider, &calls).await
     }
 
     fn heads(&self) -> Option<watch::Receiver<Option<Header>>> {

@@ -346,7 +346,7 @@ impl<C: Chain> Scanner<C> {
         self.finality.head = head.block.number;
         metrics::head(head.block.number);
         self.see_head(head);
-        self.note_finality(head.block.number, None);
+        // What is final is for polls to say: an announced height alone is believed by nobody else.
         self.aim(next, self.horizon(BlockTag::Latest, head.block.number));
         let something = self.is_done(next) || self.target.is_some_and(|target| next <= target);
         (!something).then_some(Step::Idle)

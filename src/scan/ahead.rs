@@ -119,19 +119,19 @@ impl Ahead {
         self.width = 1;
     }
 
-    /// Asks for a range. `linked`: with what says that it follows the block before it.
+    /// Asks for a range. `linked`: with what says that it follows the block before it; `arrivals`: how many had come to be
+    /// watched when the filters were made.
     pub fn ask<C: Chain>(
         &mut self,
         chain: &Arc<C>,
         decoder: &Decoder,
         linked: bool,
         (range, way): (BlockRange, Way),
-        filters: Vec<LogFilter>,
+        (filters, arrivals): (Vec<LogFilter>, u64),
     ) {
         let addresses = filters.iter().map(|filter| filter.addresses.len()).max().unwrap_or(0);
         let logs = filters.into_iter().map(Call::Logs).collect();
         let ask = Ask { range, linked, ahead: !self.slots.is_empty(), told: None, logs };
-        let arrivals = decoder.store.registry().arrivals();
         let state = asking(Arc::clone(chain), decoder.clone(), ask, Harvest::default(), way);
         let (started, followed) = (Instant::now(), HashSet::new());
         let asking = way;

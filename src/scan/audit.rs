@@ -16,7 +16,7 @@ use tokio::time::Instant;
 use tracing::{debug, error, info, warn};
 
 use super::harvest::{Harvest, quarantined, whole};
-use super::limits::Way;
+use super::limits::{Size, Way};
 use super::read::{log_calls, say_found};
 use super::{Answer, BlockTag, Call, Chain, LogFilter, Span, Step, Trouble};
 use crate::config::{Config, CountCall};
@@ -45,7 +45,7 @@ pub struct Auditor<C> {
     budget: DefaultDirectRateLimiter,
     calls_per_hour: NonZeroU32,
     /// Blocks to ask for at once.
-    blocks: u64,
+    blocks: Size,
     /// Addresses in a filter; beyond it none are named.
     addresses: usize,
     begins_at: Instant,
@@ -96,7 +96,7 @@ impl<C: Chain> Auditor<C> {
             signatures,
             budget: RateLimiter::direct(Quota::per_hour(calls_per_hour)),
             calls_per_hour,
-            blocks: config.rpc.max_range.get(),
+            blocks: Size::new(config.rpc.max_range.get()),
             addresses: config.rpc.max_addresses.get(),
             config: config.clone(),
             begins_at,
@@ -119,12 +119,13 @@ impl<C: Chain> Auditor<C> {
     /// Asked for less next time, where it may have been too much.
     fn put_off(&mut self, why: &str, blocks: u64) -> Step {
         debug!(%why, blocks, "Nothing was audited");
-        if blocks > 1 {
-            self.blocks = blocks / 2;
+        if blocks > 0 && self.blocks.refuse(blocks) {
             return Step::Progress;
         }
-        if blocks == 1 && self.addresses > 1 {
-            self.addresses /= 2;
+        if blocks > 0 {
+            // Round again: nobody may have been there at all, and then it was for no number that it was refused.
+            self.addresses =
+                if self.addresses > 1 { self.addresses / 2 } else { self.config.rpc.max_addresses.get() };
         }
         if !std::mem::replace(&mut self.said.unanswered, true) {
             info!(reason = %why, "The audit waits: no provider answers it");
@@ -140,9 +141,10 @@ impl<C: Chain> Auditor<C> {
         if Instant::now() < self.begins_at {
             return Ok(Step::Wait(self.begins_at - Instant::now()));
         }
-        let most = self.blocks;
+        let most = self.blocks.now;
         if let Some(range) = on_disk(&self.store, move |store| store.unaudited(most)).await? {
             self.audit_range(range).await?;
+            self.blocks.answered(range.blocks());
             return Ok(Step::Progress);
         }
         let now = Instant::now();

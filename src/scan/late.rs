@@ -14,7 +14,7 @@ use super::harvest::{Harvest, quarantined, whole};
 use super::limits::Way;
 use super::read::say_found;
 use super::{
-    Answer, BlockTag, Call, Chain, LINKED_BLOCKS, LogFilter, ScanError, Scanner, Span, Step, Trouble,
+    Answer, BlockTag, Call, Chain, LINKED_BLOCKS, LogFilter, Refused, ScanError, Scanner, Span, Step, Trouble,
 };
 use crate::config::Reading;
 use crate::event::{Addresses, BlockRange, BlockRef, Header, Log, Recognised, Role, Signatures};
@@ -81,7 +81,10 @@ impl<C: Chain> Scanner<C> {
         let found = match harvested {
             Ok(Some(found)) => found,
             Ok(None) => return Ok(Step::Idle),
-            Err(Trouble::Refused { .. }) if everyone => {
+            Err(Trouble::Refused {
+                refused: Refused::FewerAddresses(_) | Refused::Halve(_) | Refused::Unknown(_),
+                ..
+            }) if everyone => {
                 self.limits.refuse_everyone();
                 return Ok(Step::Progress);
             }
@@ -103,7 +106,7 @@ impl<C: Chain> Scanner<C> {
             registered.push(self.factory);
         }
         if !added.lifecycle_topics().is_empty() {
-            registered.extend(registry.watched());
+            registered.extend(registry.registered());
         }
         let next_block = self.store.next_block();
         let joining = registry.joining(id).map(|(escrow, from)| (escrow, (from, next_block)));

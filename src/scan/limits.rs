@@ -35,8 +35,10 @@ pub struct Limits {
     everyone: Size,
     addresses: Size,
     filter: Filter,
-    /// A filter without addresses was refused: address chunks from then on.
-    everyone_refused: bool,
+    /// A filter without addresses was refused: address chunks for so many answers, and then another try. It may have been
+    /// for another reason.
+    everyone_refused: u32,
+    everyone_patience: u32,
     /// Logs a block of contracts that are not ours, as measured.
     foreign: f64,
     way: Way,
@@ -48,16 +50,17 @@ impl Limits {
         let range = Size::new(max_range.get());
         let addresses = Size::new(max_addresses.max(1) as u64);
         let (everyone, way) = (range.clone(), Way::Addresses);
-        Self { range, everyone, addresses, filter, everyone_refused: false, foreign: 0.0, way }
+        let (everyone_refused, everyone_patience) = (0, PATIENCE);
+        Self { range, everyone, addresses, filter, everyone_refused, everyone_patience, foreign: 0.0, way }
     }
 
     /// The cheaper way to ask for `count` addresses, in calls a block; the one in use, unless the other is clearly
     /// cheaper.
     pub fn way(&mut self, count: usize) -> Way {
         self.way = match self.filter {
-            Filter::Topics if !self.everyone_refused => Way::Everyone,
+            Filter::Topics if self.everyone_refused == 0 => Way::Everyone,
             Filter::Addresses | Filter::Topics => Way::Addresses,
-            Filter::Auto if self.everyone_refused || count <= self.addresses() => Way::Addresses,
+            Filter::Auto if self.everyone_refused > 0 || count <= self.addresses() => Way::Addresses,
             Filter::Auto => {
                 let range = self.everyone.now as f64;
                 let everyone = (1.0 + self.foreign * range / LOGS_WORTH_A_CALL) / range;
@@ -76,7 +79,7 @@ impl Limits {
     pub fn way_by_hash(&self, count: usize) -> Way {
         let chunks = count.div_ceil(self.addresses()) as f64;
         match self.filter {
-            _ if self.everyone_refused => Way::Addresses,
+            _ if self.everyone_refused > 0 => Way::Addresses,
             Filter::Topics => Way::Everyone,
             Filter::Auto if chunks > 1.0 && chunks > 1.0 + self.foreign / LOGS_WORTH_A_CALL => Way::Everyone,
             Filter::Auto | Filter::Addresses => Way::Addresses,
@@ -93,7 +96,7 @@ impl Limits {
 
     /// Blocks that can be asked for without addresses; 0: none.
     pub fn everyone(&self) -> u64 {
-        let never = self.everyone_refused || self.filter == Filter::Addresses;
+        let never = self.everyone_refused > 0 || self.filter == Filter::Addresses;
         if never { 0 } else { self.everyone.now }
     }
 
@@ -140,9 +143,10 @@ impl Limits {
         self.addresses.refuse(self.addresses.now.min(asked as u64))
     }
 
-    /// The provider does not take filters without addresses.
+    /// The provider does not take filters without addresses, or did not this time.
     pub fn refuse_everyone(&mut self) {
-        self.everyone_refused = true;
+        self.everyone_refused = self.everyone_patience;
+        self.everyone_patience = (self.everyone_patience * 2).min(LONGEST);
     }
 
     /// `blocks` with `addresses` in the largest filter were answered with `logs`: try more next time, if that was all that
@@ -157,6 +161,7 @@ impl Limits {
             Way::Addresses => {
                 self.addresses.answered(addresses as u64);
                 self.foreign *= FORGET;
+                self.everyone_refused = self.everyone_refused.saturating_sub(1);
             }
             Way::Everyone => {}
         }
@@ -310,6 +315,20 @@ mod tests {
         assert_eq!((limits.way(100_000), limits.way_by_hash(1000)), (Way::Addresses, Way::Addresses));
         let told = |filter| Limits::new(NonZeroU64::new(1000).unwrap(), 10, filter).way(1000);
         assert_eq!((told(Filter::Addresses), told(Filter::Topics)), (Way::Addresses, Way::Everyone));
+    }
+
+    #[test]
+    fn that_nobody_takes_filters_without_addresses_is_tried_again_less_and_less() {
+        let mut limits = limits(1000, 10);
+        let mut refused = Vec::new();
+        for answer in 0..10_000 {
+            if limits.way_by_hash(1000) == Way::Everyone {
+                limits.refuse_everyone();
+                refused.push(answer);
+            }
+            limits.grow(Way::Addresses, 1, 10, 0);
+        }
+        assert!((4..=16).contains(&refused.len()), "{refused:?}");
     }
 
     #[test]

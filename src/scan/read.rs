@@ -45,8 +45,10 @@ impl<C: Chain> Scanner<C> {
                 break;
             };
             let linked = self.store.cursor().is_some() || !self.ahead.is_empty();
+            // Before the filters are made: whoever comes in between is asked for twice rather than not at all.
+            let arrivals = self.store.registry().arrivals();
             let filters = self.filters(Span::Range(range), way);
-            self.ahead.ask(&self.chain, &self.decoder, linked, (range, way), filters);
+            self.ahead.ask(&self.chain, &self.decoder, linked, (range, way), (filters, arrivals));
         }
         if self.ahead.is_empty() {
             return Ok(Step::Idle);
@@ -258,7 +260,9 @@ impl<C: Chain> Scanner<C> {
         for mut part in parts(Stretch { blocks, ..whole }) {
             part.finalized = self.finalized;
             part.unfinal_from = (!is_final).then_some(next);
-            part.archive_upto = self.finalized.and_then(|block| block.checked_sub(self.archive_after));
+            // Far below the head its last blocks are still to be read, however final they are.
+            let read = self.finalized.map(|block| block.min(range.to()));
+            part.archive_upto = read.and_then(|block| block.checked_sub(self.archive_after));
             next = part.blocks.last().map_or(next, |block| block.number + 1);
             self.commit(part).await?;
         }

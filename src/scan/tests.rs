@@ -378,6 +378,28 @@ async fn a_fork_that_is_announced_is_followed_and_an_announcement_that_leads_now
 }
 
 #[tokio::test(start_paused = true)]
+async fn an_absurd_announcement_makes_nothing_final() {
+    let fake = Fake { announcer: Some(watch::Sender::new(None)), ..Fake::default() };
+    (0..40).for_each(|_| fake.extend(&[], &[]));
+    let (chain, store) = (Arc::new(fake), open_store());
+    let settings = [("chain.finality_depth", "10"), ("rpc.max_range", "1")];
+    let mut scanner = scanner(&chain, &store, &settings, Until::Forever);
+    settle(&mut scanner).await;
+    chain.extend(&[], &[]);
+    let head = chain.blocks.lock().unwrap().last().unwrap().header;
+    let block = BlockRef { number: 90, hash: B256::repeat_byte(8) };
+    chain.announcer.as_ref().unwrap().send_replace(Some(Header { block, ..head }));
+    scanner.step().await.unwrap();
+    assert_eq!(store.cursor(), Some(head.block));
+    assert!(store.finalized() <= Some(30), "{:?} is final", store.finalized());
+    chain.drop_newest(1);
+    (0..3).for_each(|_| chain.extend(&[], &[]));
+    settle(&mut scanner).await;
+    settle(&mut scanner).await;
+    assert_eq!(store.cursor(), Some(chain.blocks.lock().unwrap().last().unwrap().header.block));
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_subscription_that_announces_no_more_is_noticed() {
     let (chain, _, mut scanner) = announcing("0").await;
     announce(&chain);
@@ -435,6 +457,26 @@ async fn escrows_long_at_their_end_are_asked_for_no_more_and_come_back_if_they_g
         settle(&mut reader).await;
     }
     assert_eq!(store.registry().watched_len(), 1, "one has never ended");
+}
+
+#[tokio::test(start_paused = true)]
+async fn while_catching_up_an_escrow_that_ended_is_asked_for_as_long_as_at_the_head() {
+    let settings = [
+        ("escrow.terminal", "Approved"),
+        ("escrow.archive_after", "20"),
+        ("rpc.filter", "addresses"),
+        ("rpc.max_range", "1"),
+    ];
+    let chain = Fake::new(Some(2));
+    chain.extend(&[1, 2], &[1]);
+    (0..12).for_each(|_| chain.extend(&[], &[]));
+    chain.extend(&[], &[1]);
+    (0..60).for_each(|_| chain.extend(&[], &[]));
+    let store = open_store();
+    settle(&mut scanner(&chain, &store, &settings, Until::Forever)).await;
+    let of_one = entries(&store).into_iter().filter(|entry| entry.escrow == escrow(1)).count();
+    assert_eq!(of_one, 3, "announced, approved, approved");
+    assert_eq!(store.registry().watched_len(), 1, "and then no more");
 }
 
 #[tokio::test(start_paused = true)]

@@ -178,8 +178,11 @@ impl Store {
         let mut counts: BTreeMap<Address, BTreeMap<String, u64>> =
             whole.map(|(address, _)| (*address, BTreeMap::new())).collect();
         let read = self.db.begin_read()?;
+        let mut first = None;
         for row in read.open_table(EVENT_LOG)?.iter()? {
-            let entry: Entry = decode("event_log", row?.1.value())?;
+            let (position, value) = row?;
+            let first = *first.get_or_insert(position.value());
+            let entry: Entry = decode("event_log", value.value())?;
             if entry.block_number > last || entry.announces {
                 continue;
             }
@@ -187,7 +190,9 @@ impl Store {
             let count = events.entry(entry.name).or_default();
             match entry.kind {
                 Kind::Event => *count += 1,
-                Kind::Retraction { .. } => *count -= 1,
+                Kind::Retraction { of } if of >= first => *count -= 1,
+                // What it withdraws was pruned, and is not counted.
+                Kind::Retraction { .. } => {}
             }
         }
         Ok(counts)

@@ -78,9 +78,18 @@ impl<'txn> Lanes<'txn> {
         Ok(true)
     }
 
-    /// An earlier announcement of an escrow that is read already was found: what it emitted in between has yet to be read. Of
-    /// one that was imported, whoever did it said from where on it counts.
-    pub fn announce_earlier(&mut self, address: Address, block: BlockRef) -> Result<(), StoreError> {
+    /// An earlier announcement of an escrow that is read already was found: what it emitted in between has yet to be read.
+    /// Where a fork has taken the later one since, the late read reads all of it. Of one that was imported, whoever did it
+    /// said from where on it counts.
+    pub fn announce_earlier(
+        &mut self,
+        address: Address,
+        block: BlockRef,
+        late_read: u64,
+    ) -> Result<(), StoreError> {
+        if self.join(address, block, late_read)? {
+            return Ok(());
+        }
         let escrow = self.lane(address)?;
         let is_read = matches!(escrow.state, EscrowState::Active | EscrowState::Archived);
         if is_read && !escrow.is_imported() && block.number < escrow.announced.0 {

@@ -97,14 +97,9 @@ pub(super) fn put_late(
     id: u64,
     stretch: &LateStretch,
 ) -> Result<usize, StoreError> {
-    for (escrow, block) in &stretch.announced {
-        // One that came to be read meanwhile is known from a later block.
-        if !lanes.join(*escrow, *block, id)? {
-            lanes.announce_earlier(*escrow, *block)?;
-        }
-    }
-    for (escrow, block) in &stretch.announced_earlier {
-        lanes.announce_earlier(*escrow, *block)?;
+    // Also one that was new when it was found may have come to be read meanwhile, from a later block on.
+    for (escrow, block) in stretch.announced.iter().chain(&stretch.announced_earlier) {
+        lanes.announce_earlier(*escrow, *block, id)?;
     }
     let mut log = transaction.open_table(EVENT_LOG)?;
     let mut digests = transaction.open_table(DIGESTS)?;

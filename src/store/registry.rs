@@ -155,6 +155,11 @@ impl Registry {
         self.chunks.iter().flat_map(|chunk| chunk.list().iter().copied())
     }
 
+    /// All that are registered.
+    pub fn registered(&self) -> impl Iterator<Item = Address> {
+        self.watched().chain(self.archived.iter().copied())
+    }
+
     /// One of those that are watched.
     pub fn nth_watched(&self, nth: usize) -> Address {
         self.chunks[nth / CHUNK].list()[nth % CHUNK]

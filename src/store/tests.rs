@@ -747,3 +747,70 @@ fn only_what_is_acknowledged_final_and_old_is_pruned_and_everything_goes_on_as_b
     assert_eq!(next[6].position, 20, "no position is used again");
     assert_eq!(next[6].entry.sequence, 11, "seven events, three withdrawals, and one more");
 }
+
+#[test]
+fn what_was_pruned_is_not_subtracted_from_what_an_escrow_is_known_to_have_emitted() {
+    let store = memory();
+    store.accept(&stretch(block(1, 0), &[], &[])).unwrap();
+    store.accept(&stretch(block(2, 0), &[1], &[1])).unwrap();
+    claim_all(&store);
+    store.retract(Some(block(1, 0)), u64::MAX).unwrap().unwrap();
+    store.accept(&stretch(block(2, 1), &[], &[])).unwrap();
+    let again = Stretch { finalized: Some(3), ..stretch(block(3, 1), &[1], &[1, 1]) };
+    store.accept(&again).unwrap();
+    claim_all(&store);
+    for pruned in [0, 2, 1] {
+        assert_eq!(store.prune(0, pruned).unwrap(), pruned);
+        let counts = store.events_upto(&BTreeSet::from([escrow(1)]), 9).unwrap();
+        assert_eq!(counts[&escrow(1)], BTreeMap::from([("Approved".to_owned(), 2)]), "{pruned} pruned");
+    }
+}
+
+/// What an audit found in block 1: that it announced escrow 1, which was known from a later block only.
+fn announced_in_block_1() -> LateStretch {
+    LateStretch {
+        announced_earlier: vec![(escrow(1), block(1, 0))],
+        next: 1,
+        events: vec![event(escrow(1), block(1, 0), 0, true)],
+        ..LateStretch::default()
+    }
+}
+
+#[test]
+fn an_escrow_that_a_fork_takes_while_an_audit_finds_it_announced_earlier_is_read_from_there_on() {
+    for seen in [false, true] {
+        let store = memory();
+        store.accept(&Stretch { finalized: Some(1), ..stretch(block(1, 0), &[], &[]) }).unwrap();
+        store.accept(&stretch(block(2, 0), &[1], &[1])).unwrap();
+        if seen {
+            claim_all(&store);
+        }
+        store.retract(Some(block(1, 0)), u64::MAX).unwrap().unwrap();
+        let audited = BlockRange::new(1, 1).unwrap();
+        assert_eq!(store.accept_audited(Some(audited), &announced_in_block_1()).unwrap(), 1);
+        let (id, read) = store.late_read().unwrap();
+        assert_eq!((read.next, store.registry().joining(id).count()), (1, 1));
+        assert!(store.accept_late(id, &late_stretch(2, vec![])).unwrap());
+        assert!(store.registry().contains(&escrow(1)));
+    }
+}
+
+#[test]
+fn an_escrow_announced_again_while_its_history_is_to_be_read_is_read_from_the_first_announcement_on() {
+    let store = memory();
+    store.accept(&Stretch { finalized: Some(1), ..stretch(block(1, 0), &[], &[]) }).unwrap();
+    store.accept(&stretch(block(2, 0), &[], &[])).unwrap();
+    // Found by an audit between reading block 3 and its commit.
+    let found = LateStretch {
+        announced: vec![(escrow(1), block(1, 0))],
+        announced_earlier: vec![],
+        ..announced_in_block_1()
+    };
+    store.accept_audited(BlockRange::new(1, 1), &found).unwrap();
+    store.accept(&stretch(block(3, 0), &[1], &[1])).unwrap();
+    let (id, _) = store.late_read().unwrap();
+    assert_eq!(store.registry().joining(id).collect::<Vec<_>>(), [(escrow(1), 1)]);
+    let late = [event(escrow(1), block(2, 0), 0, false), event(escrow(1), block(3, 0), 1, false)];
+    assert!(store.accept_late(id, &late_stretch(4, late.to_vec())).unwrap());
+    assert_eq!(store.claim(99).unwrap().len(), 4, "announced twice, approved in blocks 2 and 3");
+}

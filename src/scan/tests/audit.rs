@@ -191,6 +191,26 @@ async fn a_provider_of_another_fork_and_one_that_refuses_are_not_believed_and_as
 }
 
 #[tokio::test(start_paused = true)]
+async fn after_an_outage_as_much_is_asked_for_at_once_as_before() {
+    let mut relay = Audited::new(Fake::new(Some(FINALITY)));
+    relay.chain.extend(&[1], &[1]);
+    relay.read().await;
+    *relay.chain.other.lock().unwrap() = Some(Box::new(|_, _| Err(Refused::Unknown("gone".into()))));
+    for _ in 0..10 {
+        relay.chain.extend(&[], &[1]);
+        relay.read().await;
+    }
+    relay.finish(60).await;
+    *relay.chain.other.lock().unwrap() = Some(Box::new(|chain, call| chain.answer(call)));
+    for _ in 0..100 {
+        (0..FINALITY).for_each(|_| relay.chain.extend(&[], &[]));
+        relay.read().await;
+    }
+    relay.finish(40).await;
+    assert_eq!(relay.store.unaudited(1000).unwrap(), None);
+}
+
+#[tokio::test(start_paused = true)]
 async fn the_contracts_own_counts_are_compared_at_a_final_block() {
     let mut relay = Audited::new(Fake::new(Some(FINALITY)));
     relay.chain.extend(&[1], &[1]);

@@ -89,6 +89,56 @@ impl Relay {
     }
 }
 
+/// A relay that has read this chain, with escrow 1 archived, and then learns of the new signatures.
+async fn learns_after_the_end(chain: Arc<Fake>) -> BTreeMap<u64, Entry> {
+    let settings = vec![
+        ("escrow.terminal", "Approved"),
+        ("escrow.archive_after", "1"),
+        ("rpc.filter", "addresses"),
+        ("rpc.max_range", "2"),
+    ];
+    (0..20).for_each(|_| chain.extend(&[], &[]));
+    let folder = tempfile::tempdir().unwrap();
+    let mut relay = Relay { chain, folder, learnt: false, settings, running: None };
+    relay.restart();
+    relay.settle().await;
+    let store = relay.parts().0;
+    assert_eq!((store.registry().len(), store.registry().watched_len()), (1, 0));
+    relay.learnt = true;
+    relay.restart();
+    relay.settle().await;
+    let mut seen = BTreeMap::new();
+    relay.restart_reading_all(&mut seen);
+    seen
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_history_of_archived_escrows_is_read_for_an_added_signature_too() {
+    let chain = Fake::new(Some(4));
+    chain.extend_with(&[(FACTORY, DEPLOYED, 1)]);
+    chain.extend_with(&[(escrow(1), RELEASED, 1)]);
+    chain.extend_with(&[(escrow(1), APPROVED, 1)]);
+    let seen = learns_after_the_end(chain).await;
+    assert_eq!(net(&seen).values().map(BTreeSet::len).sum::<usize>(), 3, "announced, approved, and released");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_node_that_is_behind_says_nothing_of_how_to_ask() {
+    let chain = Fake::new(Some(64));
+    (0..5).for_each(|_| chain.extend(&[], &[7]));
+    let store = open_store();
+    let mut reader = scanner(&chain, &store, &[("rpc.max_addresses", "2")], Until::Forever);
+    settle(&mut reader).await;
+    store.import(&(1..=9).map(escrow).collect::<Vec<_>>(), 2).unwrap();
+    chain.refusals.lock().unwrap().push_back(Refused::Behind("unknown block".into()));
+    reader.step_late().await.unwrap();
+    assert!(reader.limits.everyone() > 0);
+    while store.late_read().is_some() {
+        reader.step_late().await.unwrap();
+    }
+    assert_eq!(entries(&store).len(), 4);
+}
+
 /// Per escrow the events published and not withdrawn. What is late has no place in the order.
 pub(super) fn net(entries: &BTreeMap<u64, Entry>) -> BTreeMap<Address, BTreeSet<(u64, B256, u64)>> {
     let mut lanes: BTreeMap<Address, BTreeSet<(u64, B256, u64)>> = BTreeMap::new();

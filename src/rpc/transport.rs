@@ -1,13 +1,15 @@
 //! One round trip to one provider.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use alloy::pubsub::{PubSubConnect, PubSubFrontend, RawSubscription};
 use alloy::rpc::json_rpc::{RequestPacket, ResponsePacket, ResponsePayload, SerializedRequest};
-use alloy::transports::RpcError;
 use alloy::transports::ws::WsConnect;
+use alloy::transports::{RpcError, TransportResult};
 use reqwest::header::{CONTENT_TYPE, RETRY_AFTER};
 use tokio::sync::Mutex;
+use tokio::time::{Instant, timeout_at};
 
 use super::verdict::redact;
 use crate::config::SecretUrl;
@@ -45,23 +47,19 @@ pub(super) struct Reply {
 
 /// How to reach a provider.
 pub(super) enum Transport {
-    Http {
-        client: reqwest::Client,
-        url: SecretUrl,
-    },
-    /// Connected when first used, and again after it broke.
-    WebSocket {
-        url: SecretUrl,
-        connection: Connection,
-        timeout: Duration,
-    },
+    Http { client: reqwest::Client, url: SecretUrl },
+    WebSocket(WebSocket),
 }
 
 impl Transport {
     /// `timeout` bounds every round trip.
     pub fn new(url: &SecretUrl, timeout: Duration) -> Result<Self, reqwest::Error> {
         if matches!(url.expose().scheme(), "ws" | "wss") {
-            return Ok(Self::WebSocket { url: url.clone(), connection: Mutex::new(None), timeout });
+            return Ok(Self::WebSocket(WebSocket {
+                url: url.clone(),
+                connection: Mutex::new(None),
+                timeout,
+            }));
         }
         let client = reqwest::Client::builder()
             .timeout(timeout)
@@ -72,39 +70,25 @@ impl Transport {
     }
 
     pub fn is_web_socket(&self) -> bool {
-        matches!(self, Self::WebSocket { .. })
+        matches!(self, Self::WebSocket(_))
     }
 
     /// Makes a subscription; only a web socket can.
     pub async fn subscribe(&self, request: SerializedRequest) -> Result<RawSubscription, Failure> {
-        let Self::WebSocket { url, connection, timeout } = self else {
-            return Err(Failure::fault("no web socket"));
-        };
-        let subscribed = match tokio::time::timeout(*timeout, subscribe(url, connection, request)).await {
-            Ok(subscribed) => subscribed,
-            Err(_) => Err(Failure::fault(format_args!("no answer within {timeout:?}"))),
-        };
-        if subscribed.is_err() {
-            // It may be dead: the next attempt makes another.
-            *connection.lock().await = None;
+        match self {
+            Self::WebSocket(socket) => {
+                socket.exchange(async |frontend| subscribe(&frontend, request).await).await
+            }
+            Self::Http { .. } => Err(Failure::fault("no web socket")),
         }
-        subscribed
     }
 
     pub async fn round_trip(&self, packet: RequestPacket) -> Result<Reply, Failure> {
         match self {
             Self::Http { client, url } => http(client, url, &packet).await,
-            Self::WebSocket { url, connection, timeout } => {
-                match tokio::time::timeout(*timeout, web_socket(url, connection, packet)).await {
-                    Ok(reply) => reply,
-                    Err(_) => {
-                        *connection.lock().await = None;
-                        Err(Failure {
-                            slow: true,
-                            ..Failure::fault(format_args!("no answer within {timeout:?}"))
-                        })
-                    }
-                }
+            Self::WebSocket(socket) => {
+                let packet = socket.exchange(async |frontend| frontend.send_packet(packet).await).await?;
+                Ok(Reply { packet, http_status: None, retry_after: None })
             }
         }
     }
@@ -175,50 +159,56 @@ fn cut_short(error: reqwest::Error) -> Failure {
     Failure { slow: true, ..connection_failure(error) }
 }
 
-type Connection = Mutex<Option<PubSubFrontend>>;
-
-/// The connection, made if there is none.
-async fn connected(url: &SecretUrl, connection: &Connection) -> Result<PubSubFrontend, Failure> {
-    let mut slot = connection.lock().await;
-    match &*slot {
-        Some(frontend) => Ok(frontend.clone()),
-        None => {
-            let connect = WsConnect::new(url.expose().as_str()).with_max_retries(0);
-            let frontend = connect.into_service().await.map_err(Failure::fault)?;
-            Ok(slot.insert(frontend).clone())
-        }
-    }
+/// Connected when first used, and again after it broke.
+pub(super) struct WebSocket {
+    url: SecretUrl,
+    connection: Mutex<Option<Arc<PubSubFrontend>>>,
+    timeout: Duration,
 }
 
-async fn web_socket(
-    url: &SecretUrl,
-    connection: &Connection,
-    packet: RequestPacket,
-) -> Result<Reply, Failure> {
-    match connected(url, connection).await?.send_packet(packet).await {
-        Ok(packet) => Ok(Reply { packet, http_status: None, retry_after: None }),
-        Err(error) => {
-            if !matches!(error, RpcError::ErrorResp(_)) {
-                *connection.lock().await = None;
-            }
+impl WebSocket {
+    /// Exchanges something over the connection. One that fails is not used again.
+    async fn exchange<T>(
+        &self,
+        exchange: impl AsyncFnOnce(Arc<PubSubFrontend>) -> TransportResult<T>,
+    ) -> Result<T, Failure> {
+        let deadline = Instant::now() + self.timeout;
+        let late =
+            || Failure { slow: true, ..Failure::fault(format_args!("no answer within {:?}", self.timeout)) };
+        let frontend = timeout_at(deadline, self.connected()).await.map_err(|_| late())??;
+        let failure = match timeout_at(deadline, exchange(Arc::clone(&frontend))).await {
+            Ok(Ok(exchanged)) => return Ok(exchanged),
+            Ok(Err(error @ RpcError::ErrorResp(_))) => return Err(Failure::fault(error)),
             // Perhaps the answer was too large for a message.
-            Err(Failure { slow: true, ..Failure::fault(error) })
+            Ok(Err(error)) => Failure { slow: true, ..Failure::fault(error) },
+            Err(_) => late(),
+        };
+        // Not the one that another exchange may have made since.
+        self.connection.lock().await.take_if(|current| Arc::ptr_eq(current, &frontend));
+        Err(failure)
+    }
+
+    /// The connection, made if there is none.
+    async fn connected(&self) -> Result<Arc<PubSubFrontend>, Failure> {
+        let mut slot = self.connection.lock().await;
+        if let Some(frontend) = &*slot {
+            return Ok(Arc::clone(frontend));
         }
+        let connect = WsConnect::new(self.url.expose().as_str()).with_max_retries(0);
+        let frontend = connect.into_service().await.map_err(Failure::fault)?;
+        Ok(Arc::clone(slot.insert(Arc::new(frontend))))
     }
 }
 
 async fn subscribe(
-    url: &SecretUrl,
-    connection: &Connection,
+    frontend: &PubSubFrontend,
     request: SerializedRequest,
-) -> Result<RawSubscription, Failure> {
-    let frontend = connected(url, connection).await?;
-    let response = frontend.send(request).await.map_err(Failure::fault)?;
-    match response.payload {
+) -> TransportResult<RawSubscription> {
+    match frontend.send(request).await?.payload {
         ResponsePayload::Success(id) => {
-            let id = serde_json::from_str(id.get()).map_err(Failure::fault)?;
-            frontend.get_subscription(id).await.map_err(Failure::fault)
+            let id = serde_json::from_str(id.get()).map_err(|error| RpcError::deser_err(error, id.get()))?;
+            frontend.get_subscription(id).await
         }
-        ResponsePayload::Failure(failure) => Err(Failure::fault(failure.message)),
+        ResponsePayload::Failure(failure) => Err(RpcError::ErrorResp(failure)),
     }
 }

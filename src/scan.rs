@@ -22,6 +22,7 @@ use std::time::Duration;
 use alloy::primitives::{Address, B256};
 use thiserror::Error;
 use tokio::sync::watch;
+use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 pub use audit::Auditor;
@@ -51,6 +52,8 @@ const NO_HURRY: Duration = Duration::from_millis(100);
 const FINALITY_REFRESH: u64 = 64;
 /// Heads in a row that polls found and that had not been announced, after which the subscription counts as dead.
 const UNANNOUNCED: u32 = 3;
+/// Poll intervals for which announcements may do without any poll, however fast they come: a poll shows whether they are late.
+const WITHOUT_POLL: u32 = 2;
 /// Looks at a tag without an answer after which the node counts as not knowing it: a node just started has none yet.
 const TAG_LOOKS: u32 = 3;
 
@@ -114,6 +117,8 @@ pub struct Scanner<C> {
     heads: Option<watch::Receiver<Option<Header>>>,
     /// The last head came by announcement: when it is read, the next is waited for, not polled for at once.
     followed: bool,
+    /// When the head was asked for last.
+    polled_at: Option<Instant>,
     /// Heads in a row that polls found and that had not been announced, and the last of them.
     unannounced: (u32, u64),
     /// Headers seen at the head, not yet read: a chain linked by parent hashes.
@@ -204,6 +209,7 @@ impl<C: Chain> Scanner<C> {
             goal: watch::Sender::new(0),
             heads: chain.heads(),
             followed: false,
+            polled_at: None,
             unannounced: (0, 0),
             decoder,
             archive_after: config.escrow.archive_after,
@@ -335,7 +341,8 @@ impl<C: Chain> Scanner<C> {
         let says_all = self.settings.horizon == config::Horizon::Latest
             && self.factory_seen
             && self.store.cursor().is_some()
-            && !self.finality_is_due();
+            && !self.finality_is_due()
+            && self.polled_at.is_some_and(|at| at.elapsed() < self.settings.poll_interval * WITHOUT_POLL);
         (says_all && head.block.number > self.finality.head).then_some(head)
     }
 
@@ -387,6 +394,7 @@ impl<C: Chain> Scanner<C> {
             calls.push(Call::Code(self.factory));
         }
         let mut answers = self.ask(calls).await?.into_iter();
+        self.polled_at = Some(Instant::now());
         let head = answers.next().and_then(Answer::header);
         let finalized = if ask_finality { answers.next().and_then(Answer::header) } else { None };
         let code = answers.next().map(Answer::code);

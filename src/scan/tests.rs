@@ -350,6 +350,21 @@ async fn an_announced_block_is_one_round_trip_and_what_was_not_announced_is_foun
 }
 
 #[tokio::test(start_paused = true)]
+async fn however_fast_blocks_are_announced_a_poll_now_and_then_shows_whether_they_come_late() {
+    let (chain, _, mut scanner) = announcing("0").await;
+    let mut polls = 0;
+    for _ in 0..60 {
+        chain.extend(&[], &[]);
+        announce(&chain);
+        chain.forget();
+        settle(&mut scanner).await;
+        polls += chain.asked().iter().filter(|asked| **asked == (1, 0)).count();
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+    assert!((5..=20).contains(&polls), "{polls} polls in 60 s, with an interval of 4 s");
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_fork_that_is_announced_is_followed_and_an_announcement_that_leads_nowhere_harms_nothing() {
     let (chain, store, mut scanner) = announcing("0").await;
     chain.extend(&[], &[1, 1]);

@@ -448,7 +448,7 @@ async fn publish_all<S: Sink>(
             publish::Step::Wait(pause) => Some(pause),
         };
         tokio::select! {
-            () = publisher.appended() => {}
+            () = publisher.woken() => {}
             () = tokio::time::sleep(pause.unwrap_or_default()), if pause.is_some() => {}
             () = read.cancelled(), if !all_read => {}
         }

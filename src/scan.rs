@@ -12,6 +12,7 @@ mod harvest;
 mod late;
 mod limits;
 mod read;
+mod verify;
 #[cfg(test)]
 mod tests;
 
@@ -29,6 +30,7 @@ pub use audit::Auditor;
 pub use chain::{Answer, BlockTag, Call, Chain, LogFilter, Refused, Span};
 pub(crate) use limits::Size;
 pub use limits::{Limits, Way};
+pub use verify::{Difference, Finding, Verified, Verifier, VerifyError};
 
 use crate::backoff::Backoff;
 use crate::config;

@@ -15,7 +15,9 @@ mod audit;
 mod fork;
 mod lanes;
 mod late;
+mod look;
 mod opening;
+mod outbox;
 mod prune;
 mod registry;
 mod runs;
@@ -38,6 +40,8 @@ use tokio::sync::watch;
 
 pub use audit::{Comparison, Place};
 pub use late::{Added, Imported, LateStretch};
+pub use look::{Acknowledged, Page};
+pub use outbox::{Blocked, Refusal};
 pub use registry::{CHUNK, Registry};
 pub use schema::{Entry, Escrow, EscrowState, Identity, Kind, LateRead, Quarantined};
 
@@ -551,16 +555,8 @@ impl Store {
     }
 
     /// Records that the sink acknowledged these entries. The watermark follows where they close the gap to it.
-    pub fn acknowledge(&self, mut positions: Vec<u64>) -> Result<(), StoreError> {
-        if positions.is_empty() {
-            return Ok(());
-        }
-        let transaction = self.db.begin_write()?;
-        acknowledge(&transaction, &mut positions)?;
-        transaction.commit()?;
-        self.waiting.fetch_sub(positions.len() as u64, Ordering::AcqRel);
-        self.measure(None);
-        Ok(())
+    pub fn acknowledge(&self, positions: Vec<u64>) -> Result<(), StoreError> {
+        self.settle(positions, &[])
     }
 
     /// Every entry below it is acknowledged.

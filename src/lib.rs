@@ -24,6 +24,7 @@
 mod backoff;
 pub mod check;
 pub mod config;
+pub mod control;
 pub mod event;
 mod progress;
 pub mod publish;
@@ -38,7 +39,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use thiserror::Error;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -46,6 +47,7 @@ use tokio_util::task::AbortOnDropHandle;
 use tracing::{info, warn};
 
 use config::{Config, SinkKind};
+use control::Desk;
 use event::{Header, Signatures};
 use publish::{PublishError, Publisher, Sink};
 use pubsub::ConfiguredSink;
@@ -190,6 +192,16 @@ impl Relay {
             (Arc::clone(&self.rpc), Arc::clone(&self.store), Arc::clone(&self.signatures));
         let auditor = Auditor::new(chain, store, signatures, &self.config);
         let _auditing = auditor.map(|auditor| AbortOnDropHandle::new(tokio::spawn(audit(auditor))));
+        let (orders, taken) = mpsc::channel(publish::ORDERS);
+        let desk = Desk::beside(
+            self.config.clone(),
+            Arc::clone(&self.signatures),
+            Arc::clone(&self.store),
+            Arc::clone(&self.rpc),
+            orders,
+        );
+        // Before the store: afterwards the socket may be another relayer's.
+        let _serving = control::serve(&self.config.storage.path, desk);
         // Either side's end, good or bad, must reach the other.
         let stop = stop.child_token();
         let read = CancellationToken::new();
@@ -207,7 +219,7 @@ impl Relay {
             until != Until::Forever,
         );
         let telling = AbortOnDropHandle::new(tokio::spawn(telling));
-        let publisher = Publisher::new(self.sink, Arc::clone(&self.store), &self.config.sink);
+        let publisher = Publisher::new(self.sink, Arc::clone(&self.store), &self.config.sink).taking(taken);
         let max_waiting = self.config.ledger.max_waiting.get();
         let scanning = tokio::spawn(scan_loop(
             scanner,

@@ -1,6 +1,6 @@
 //! The command line: arguments, signals, exit codes.
 
-mod escrows;
+mod commands;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use clap::{Args, Parser, Subcommand};
+use commands::{escrows, outbox, replay, verify};
 use relayer::config::{Config, Sources};
 use relayer::scan::Until;
 use relayer::store::Added;
@@ -70,6 +71,19 @@ enum Command {
         #[command(subcommand)]
         command: escrows::Command,
     },
+    /// Shows what waits to be published, what is blocked or quarantined, and tries it again or gives it up.
+    Outbox {
+        #[command(subcommand)]
+        command: outbox::Command,
+    },
+    /// Publishes the messages of a range of blocks again, exactly as they were, with the attribute replay=true. Only what
+    /// was acknowledged before; and in order with whatever a running relayer publishes meanwhile. Ctrl-C stops it.
+    #[command(after_help = "Example: relayer replay --from 9508300 --to 9510000")]
+    Replay(replay::Replay),
+    /// Reads a range of blocks again another way, from another provider where there is one, and compares it with what was
+    /// relayed. Prints what is missing, extra or different; exit 1 if anything is. Changes nothing.
+    #[command(after_help = "Example: relayer verify --from 9508300 --to 9510000 --json")]
+    Verify(verify::Verify),
     /// Prints the effective configuration, each value with where it came from; secrets are hidden.
     Config,
 }
@@ -129,7 +143,10 @@ fn execute(cli: Cli) -> Result<ExitCode, Failure> {
             let added = if from_now { Added::FromNow } else { Added::Read };
             runtime.block_on(run(config, until.unwrap_or(Until::Forever), added))
         }
-        Command::Escrows { command } => escrows::execute(&config, command),
+        Command::Escrows { command } => runtime.block_on(escrows::execute(&config, command)),
+        Command::Outbox { command } => runtime.block_on(outbox::execute(&config, command)),
+        Command::Replay(replay) => runtime.block_on(replay::execute(&config, replay)),
+        Command::Verify(verify) => runtime.block_on(verify::execute(&config, verify)),
     };
     // A write that hangs must not hold up the exit.
     runtime.shutdown_timeout(Duration::from_secs(1));
@@ -143,6 +160,14 @@ fn print(text: std::fmt::Arguments<'_>) -> anyhow::Result<()> {
         Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
         written => written.context("standard output cannot be written"),
     }
+}
+
+/// Prints a line that must not get lost: an error also where nobody reads.
+fn print_whole(line: &str) -> anyhow::Result<()> {
+    use std::io::Write;
+    let mut out = std::io::stdout();
+    let written = writeln!(out, "{line}").and_then(|()| out.flush());
+    written.context("standard output cannot be written: nothing was discarded")
 }
 
 async fn check_all(config: &Config) -> ExitCode {

@@ -55,6 +55,15 @@ pub struct Message {
 }
 
 impl Message {
+    /// The message that an entry of the log is.
+    pub fn of(entry: &Entry, chain_id: u64, ordering: config::Ordering) -> Self {
+        Self {
+            ordering_key: lane::ordering_key(&entry.escrow, ordering),
+            attributes: entry.attributes(chain_id).pairs(),
+            data: Bytes::copy_from_slice(&entry.body),
+        }
+    }
+
     /// Its size on the wire, in bytes, without framing.
     pub fn size(&self) -> usize {
         let attributes: usize = self.attributes.iter().map(|(name, value)| name.len() + value.len()).sum();
@@ -241,8 +250,7 @@ impl<S: Sink> Publisher<S> {
 
     /// Whether nothing is left to publish but what blocked lanes hold.
     pub fn is_drained(&self) -> bool {
-        let committed =
-            self.committing.is_none() && self.acknowledged.is_empty() && self.refused.is_empty();
+        let committed = self.committing.is_none() && self.acknowledged.is_empty() && self.refused.is_empty();
         let busy = !self.in_flight.is_empty() || !committed || !self.pending.is_empty();
         let all_claimed = !self.has_more() || self.said_full;
         !busy && all_claimed && self.lanes.values().all(Lane::is_blocked)
@@ -288,11 +296,7 @@ impl<S: Sink> Publisher<S> {
     }
 
     fn message(&self, entry: &Entry) -> Message {
-        Message {
-            ordering_key: lane::ordering_key(&entry.escrow, self.ordering),
-            attributes: entry.attributes(self.store.identity().chain_id).pairs(),
-            data: Bytes::copy_from_slice(&entry.body),
-        }
+        Message::of(entry, self.store.identity().chain_id, self.ordering)
     }
 
     /// Messages claimed whose acknowledgement is not committed.

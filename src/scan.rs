@@ -12,9 +12,9 @@ mod harvest;
 mod late;
 mod limits;
 mod read;
-mod verify;
 #[cfg(test)]
 mod tests;
+mod verify;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

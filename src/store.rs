@@ -238,6 +238,12 @@ impl Store {
         })
     }
 
+    /// A store that is forgotten when it is dropped.
+    pub fn in_memory(identity: Identity, start_block: u64) -> Result<Self, StoreError> {
+        let backend = redb::backends::InMemoryBackend::new();
+        Self::open_backend(backend, identity, Some(start_block), Added::Leave)
+    }
+
     /// The same on any backend: how tests crash it, count its syncs, or keep it in memory.
     pub fn open_backend(
         backend: impl StorageBackend,

@@ -369,7 +369,10 @@ impl<C: Chain> Auditor<C> {
     }
 
     /// Sees these logs once more, by the hash of their block, and returns the blocks' times.
-    pub(super) async fn confirm<'a>(&self, logs: impl Iterator<Item = &'a Log>) -> Result<HashMap<u64, u64>, Trouble> {
+    pub(super) async fn confirm<'a>(
+        &self,
+        logs: impl Iterator<Item = &'a Log>,
+    ) -> Result<HashMap<u64, u64>, Trouble> {
         let mut blocks: BTreeMap<BlockKey, Vec<&Log>> = BTreeMap::new();
         logs.for_each(|log| blocks.entry((log.block.number, log.block.hash)).or_default().push(log));
         let mut times = HashMap::new();

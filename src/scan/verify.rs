@@ -9,7 +9,6 @@ use std::time::Duration;
 use alloy::primitives::Address;
 use governor::Quota;
 use thiserror::Error;
-use tokio::time::Instant;
 use tracing::debug;
 
 use super::audit::Auditor;
@@ -23,7 +22,7 @@ use crate::store::{Place, Store, StoreError, on_disk};
 const BY_HASH: u64 = 32;
 /// Attempts at one stretch of blocks before it is given up, and the pause between them.
 const ATTEMPTS: u32 = 5;
-const PAUSE: Duration = Duration::from_secs(2);
+const PAUSE: Duration = Duration::from_millis(500);
 /// The part of `rpc.requests_per_second` that it may use: who relays comes first.
 const SHARE: u32 = 4;
 
@@ -92,9 +91,6 @@ pub struct Verifier<C> {
     rest: Option<BlockRange>,
     by_range: Size,
     by_hash: Size,
-    /// Attempts in a row that came to nothing.
-    failed: u32,
-    wait_until: Instant,
 }
 
 impl<C: Chain> Verifier<C> {
@@ -116,55 +112,40 @@ impl<C: Chain> Verifier<C> {
             rest: Some(blocks),
             by_range: Size::new(config.rpc.max_range.get()),
             by_hash: Size::new(BY_HASH),
-            failed: 0,
-            wait_until: Instant::now(),
         }
     }
 
-    /// Compares what comes next, or tries to. `None`: everything is compared.
+    /// Compares what comes next; waits for a provider, but not for ever. `None`: everything is compared.
     pub async fn step(&mut self) -> Result<Option<Verified>, VerifyError> {
-        let Some(rest) = self.rest else { return Ok(None) };
-        tokio::time::sleep_until(self.wait_until).await;
-        let (same_way, was_by_hash) = on_disk(&self.store, move |store| store.read_one_way(rest)).await?;
-        let size = if was_by_hash { &self.by_range } else { &self.by_hash };
-        let blocks =
-            BlockRange::starting_at(rest.from(), size.now, same_way.to()).expect("there is one at least");
-        match self.compare(blocks, was_by_hash).await {
-            Ok(verified) => {
-                self.failed = 0;
-                self.size(was_by_hash).answered(blocks.blocks());
-                self.rest = rest.tail(blocks.to().saturating_add(1));
-                Ok(Some(verified))
+        let mut failed = 0;
+        while let Some(rest) = self.rest {
+            let (same_way, was_by_hash) = on_disk(&self.store, move |store| store.read_one_way(rest)).await?;
+            let size = self.size(was_by_hash).now;
+            let blocks =
+                BlockRange::starting_at(rest.from(), size, same_way.to()).expect("there is one at least");
+            let reason = match self.compare(blocks, was_by_hash).await {
+                Ok(verified) => {
+                    self.size(was_by_hash).answered(blocks.blocks());
+                    self.rest = blocks.to().checked_add(1).and_then(|next| rest.tail(next));
+                    return Ok(Some(verified));
+                }
+                Err(Trouble::Store(error)) => return Err(error.into()),
+                Err(Trouble::Refused { refused, .. }) => refused.to_string(),
+                Err(Trouble::Disagreement(what)) => what,
+            };
+            debug!(%blocks, %reason, "Nothing was compared");
+            // Fewer at once may be what helps: only where there cannot be fewer an attempt counts.
+            failed += u32::from(!self.size(was_by_hash).refuse(blocks.blocks()));
+            if failed == ATTEMPTS {
+                return Err(VerifyError::Unread { blocks, reason });
             }
-            Err(Trouble::Store(error)) => Err(error.into()),
-            Err(Trouble::Refused { refused, .. }) => self.put_off(blocks, was_by_hash, refused.to_string()),
-            Err(Trouble::Disagreement(what)) => self.put_off(blocks, was_by_hash, what),
+            tokio::time::sleep(PAUSE).await;
         }
+        Ok(None)
     }
 
     fn size(&mut self, by_range: bool) -> &mut Size {
         if by_range { &mut self.by_range } else { &mut self.by_hash }
-    }
-
-    /// Less the next time, after a pause; not for ever.
-    fn put_off(
-        &mut self,
-        blocks: BlockRange,
-        by_range: bool,
-        reason: String,
-    ) -> Result<Option<Verified>, VerifyError> {
-        debug!(%blocks, %reason, "Nothing was compared");
-        // A smaller stretch is another attempt only when it cannot get smaller.
-        if self.size(by_range).refuse(blocks.blocks()) {
-            self.wait_until = Instant::now() + PAUSE / 4;
-        } else {
-            self.failed += 1;
-            self.wait_until = Instant::now() + PAUSE;
-        }
-        match self.failed < ATTEMPTS {
-            true => Ok(Some(Verified { blocks, events: 0, findings: Vec::new() })),
-            false => Err(VerifyError::Unread { blocks, reason }),
-        }
     }
 
     async fn compare(&self, blocks: BlockRange, was_by_hash: bool) -> Result<Verified, Trouble> {

@@ -1,7 +1,9 @@
 //! What does not get out by itself: messages that the sink refuses, and logs that do not decode. Which messages these are
 //! is kept in the store, so that they can be named, and given up, also while no relayer runs.
 
-use redb::{ReadableDatabase, ReadableTable, ReadableTableMetadata, TableDefinition, TableError, WriteTransaction};
+use redb::{
+    ReadableDatabase, ReadableTable, ReadableTableMetadata, TableDefinition, TableError, WriteTransaction,
+};
 use serde::{Deserialize, Serialize};
 use std::sync::atomic::Ordering;
 

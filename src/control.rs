@@ -51,6 +51,8 @@ const PAGE: usize = 1000;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Request {
+    /// What the relayer does right now: one [`Status`](crate::status::Status).
+    Status,
     /// Every escrow: [`RegistryRow`]s.
     Escrows,
     /// Registers escrows: one [`Imported`].

@@ -22,6 +22,7 @@ mod prune;
 mod registry;
 mod runs;
 mod schema;
+mod status;
 #[cfg(test)]
 mod tests;
 
@@ -42,7 +43,7 @@ pub use audit::{Comparison, Place};
 pub use late::{Added, Imported, LateStretch};
 pub use look::{Acknowledged, Page};
 pub use outbox::{Blocked, Refusal};
-pub use registry::{CHUNK, Registry};
+pub use registry::{CHUNK, Census, Registry};
 pub use schema::{Entry, Escrow, EscrowState, Identity, Kind, LateRead, Quarantined};
 
 use crate::event::{BlockRef, Event};

@@ -13,6 +13,7 @@ use crate::event::{BlockRange, Signatures};
 use crate::publish::Order;
 use crate::rpc::Rpc;
 use crate::scan::{Difference, Finding, Verifier};
+use crate::status::{Observer, Status};
 use crate::store::{Store, StoreError, on_disk};
 
 /// What it takes to answer: a store, and the means to ask the chain.
@@ -21,8 +22,13 @@ pub struct Desk {
     pub(super) signatures: Arc<Signatures>,
     pub(super) store: Arc<Store>,
     pub(super) rpc: Arc<Rpc>,
-    /// The publisher at work; `None`: no relayer runs on this store.
-    pub(super) orders: Option<mpsc::Sender<Order>>,
+    /// The relayer at work; `None`: none runs on this store.
+    relaying: Option<Relaying>,
+}
+
+struct Relaying {
+    orders: mpsc::Sender<Order>,
+    observer: Arc<Observer>,
 }
 
 impl Desk {
@@ -33,8 +39,9 @@ impl Desk {
         store: Arc<Store>,
         rpc: Arc<Rpc>,
         orders: mpsc::Sender<Order>,
+        observer: Arc<Observer>,
     ) -> Self {
-        Self { config, signatures, store, rpc, orders: Some(orders) }
+        Self { config, signatures, store, rpc, relaying: Some(Relaying { orders, observer }) }
     }
 
     /// On a store that no relayer runs on.
@@ -44,12 +51,18 @@ impl Desk {
         store: Arc<Store>,
     ) -> Result<Self, reqwest::Error> {
         let rpc = Arc::new(Rpc::new(config.chain.id, &config.rpc)?);
-        Ok(Self { config, signatures, store, rpc, orders: None })
+        Ok(Self { config, signatures, store, rpc, relaying: None })
+    }
+
+    /// The publisher at work.
+    pub(super) fn orders(&self) -> Option<&mpsc::Sender<Order>> {
+        self.relaying.as_ref().map(|relaying| &relaying.orders)
     }
 
     /// Answers one request. Dropped in the middle, it leaves nothing half done.
     pub(super) async fn answer(&self, request: Request, to: &Replies) -> Result<(), Refusal> {
         match request {
+            Request::Status => self.status(to).await,
             Request::Escrows => self.escrows(to).await,
             Request::Import { escrows, from } => self.import(escrows, from, to).await,
             Request::Discover { from, to: last } => self.discover(from, last, to).await,
@@ -67,6 +80,17 @@ impl Desk {
         work: impl FnOnce(&Store) -> Result<T, StoreError> + Send + 'static,
     ) -> Result<T, Refusal> {
         Ok(on_disk(&self.store, work).await?)
+    }
+
+    async fn status(&self, to: &Replies) -> Result<(), Refusal> {
+        let status = match &self.relaying {
+            Some(Relaying { observer, .. }) => {
+                let observer = Arc::clone(observer);
+                self.on_disk(move |_| observer.status()).await?
+            }
+            None => self.on_disk(Status::of_store).await?,
+        };
+        to.row(&status).await
     }
 
     async fn escrows(&self, to: &Replies) -> Result<(), Refusal> {
@@ -99,7 +123,7 @@ impl Desk {
         if from > next_block {
             return Err(too_far);
         }
-        let running = self.orders.is_some();
+        let running = self.relaying.is_some();
         let imported = self
             .on_disk(move |store| match running {
                 true => store.import_beside(&escrows, from),

@@ -95,7 +95,7 @@ impl Desk {
     }
 
     async fn give_up(&self, position: u64) -> Result<bool, Refusal> {
-        match &self.orders {
+        match self.orders() {
             None => self.on_disk(move |store| store.give_up(position)).await,
             Some(orders) => {
                 let (told, answer) = oneshot::channel();
@@ -121,7 +121,7 @@ impl Desk {
             false => Some(self.quarantined(&rest).await?),
         };
         if !positions.is_empty() {
-            let (messages, running) = match &self.orders {
+            let (messages, running) = match self.orders() {
                 None => (positions.len(), false),
                 Some(orders) => {
                     let (told, answer) = oneshot::channel();

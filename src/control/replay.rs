@@ -35,7 +35,7 @@ impl Desk {
                 blocks.from()
             )));
         }
-        match &self.orders {
+        match self.orders() {
             Some(orders) => self.feed(orders, blocks, escrow, to).await,
             None => self.publish_alone(blocks, escrow, to).await,
         }

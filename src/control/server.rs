@@ -151,6 +151,7 @@ fn parse(line: &[u8]) -> Result<Request, Refusal> {
 
 fn name(request: &Request) -> &'static str {
     match request {
+        Request::Status => "status",
         Request::Escrows => "escrows",
         Request::Import { .. } => "import",
         Request::Discover { .. } => "discover",

@@ -156,6 +156,7 @@ impl<S: Sink> Publisher<S> {
         let (_, was_outstanding) = lane.give_up_front();
         self.held -= 1;
         self.outstanding -= usize::from(was_outstanding);
+        self.vitals.lane_unblocked(&id.to_string());
         info!(lane = %id, "Lane unblocked: its message was given up");
         self.go_on(id);
         self.measure();

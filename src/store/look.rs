@@ -109,12 +109,6 @@ impl Store {
         Ok(rows)
     }
 
-    /// How many logs did not decode.
-    pub fn quarantined_len(&self) -> Result<u64, StoreError> {
-        use redb::ReadableTableMetadata;
-        Ok(self.db.begin_read()?.open_table(QUARANTINE)?.len()?)
-    }
-
     /// The first stretch of `blocks` that was read one way: whether that was by hash and not by range again since.
     pub fn read_one_way(&self, blocks: BlockRange) -> Result<(BlockRange, bool), StoreError> {
         let read = self.db.begin_read()?;

@@ -43,7 +43,7 @@ use crate::store::StoreError;
 /// Of the protocol.
 pub const VERSION: u32 = 1;
 /// Answers that may wait for whoever reads them.
-const ANSWERS: usize = 64;
+const ANSWERS: usize = 16;
 /// Rows of the store looked at in one go.
 const PAGE: usize = 1000;
 

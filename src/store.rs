@@ -42,7 +42,7 @@ use tokio::sync::watch;
 pub use audit::{Comparison, Place};
 pub use late::{Added, Imported, LateStretch};
 pub use look::{Acknowledged, Page};
-pub use outbox::{Blocked, Refusal};
+pub use outbox::{Blocked, Refusing};
 pub use registry::{CHUNK, Census, Registry};
 pub use schema::{Entry, Escrow, EscrowState, Identity, Kind, LateRead, Quarantined};
 

@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 const FINAL: u64 = 64;
 /// The store's table of what stands: block and log index.
 const DIGESTS: TableDefinition<(u64, u64), u64> = TableDefinition::new("digests");
+type Digests<'a> = redb::Table<'a, (u64, u64), u64>;
 
 /// Some lives, read in part by range, in part by hash; the audit is off. And the last block.
 async fn relayed() -> (World, u64) {
@@ -146,7 +147,7 @@ async fn a_row_taken_out_of_the_ledger_or_put_into_it_is_found() {
     let truth = world.truth().await;
     let line = truth.escrows.values().flatten().min_by_key(|line| place_of(line)).expect("an event");
     let place = place_of(line);
-    let change = |change: &dyn Fn(&mut redb::Table<'_, (u64, u64), u64>)| {
+    let change = |change: &dyn Fn(&mut Digests<'_>)| {
         let db = Database::open(world.setup.path("relayer.redb")).expect("a store");
         let transaction = db.begin_write().expect("it can be written");
         change(&mut transaction.open_table(DIGESTS).expect("it is there"));

@@ -16,12 +16,12 @@ use super::schema::{LATE_READS, LateRead, QUARANTINE, decode, encode};
 use super::{Claimed, Quarantined, Store, StoreError, lock, write_progress};
 use crate::event::event_id;
 
-/// Position → [`Refusal`], of the first message of each blocked lane. A file that never had a blocked lane lacks it.
+/// Position → [`Refusing`], of the first message of each blocked lane. A file that never had a blocked lane lacks it.
 const BLOCKED: TableDefinition<u64, &[u8]> = TableDefinition::new("blocked");
 
 /// Why a message is refused, and since when.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Refusal {
+pub struct Refusing {
     /// The lane that waits for it.
     pub lane: String,
     /// What the sink said last.
@@ -36,7 +36,7 @@ pub struct Blocked {
     /// The message.
     pub claimed: Claimed,
     /// Why it is.
-    pub refusal: Refusal,
+    pub refusal: Refusing,
 }
 
 impl Store {
@@ -54,10 +54,10 @@ impl Store {
         unblock(&transaction, &acknowledged)?;
         for (position, lane, reason) in refused {
             let mut table = transaction.open_table(BLOCKED)?;
-            let before: Option<Refusal> =
+            let before: Option<Refusing> =
                 table.get(position)?.map(|row| decode("blocked", row.value())).transpose()?;
             let since = before.map_or(now_micros() / 1_000_000, |before| before.since);
-            let refusal = Refusal { lane: lane.clone(), reason: reason.clone(), since };
+            let refusal = Refusing { lane: lane.clone(), reason: reason.clone(), since };
             table.insert(position, encode(&refusal)?.as_slice())?;
         }
         transaction.commit()?;
@@ -66,29 +66,34 @@ impl Store {
         Ok(())
     }
 
-    /// The messages that are refused, oldest first.
-    pub fn blocked(&self) -> Result<Vec<Blocked>, StoreError> {
+    /// What `look` takes of the messages that are refused, oldest first. One at a time is in memory: they may be large.
+    pub fn blocked<T>(&self, mut look: impl FnMut(Blocked) -> Option<T>) -> Result<Vec<T>, StoreError> {
         let read = self.db.begin_read()?;
         let table = match read.open_table(BLOCKED) {
             Ok(table) => table,
             Err(TableError::TableDoesNotExist(_)) => return Ok(Vec::new()),
             Err(error) => return Err(error.into()),
         };
-        let mut refusals = Vec::new();
+        let mut taken = Vec::new();
         for row in table.iter()? {
             let (position, value) = row?;
-            refusals.push((position.value(), decode::<Refusal>("blocked", value.value())?));
-        }
-        drop(read);
-        let mut blocked = Vec::new();
-        for (position, refusal) in refusals {
-            let entry = self.entries_from(position, 1)?.entries.pop();
-            // It may have been taken meanwhile.
-            if let Some(claimed) = entry.filter(|claimed| claimed.position == position) {
-                blocked.push(Blocked { claimed, refusal });
+            let refusal = decode("blocked", value.value())?;
+            let entry = self.entries_from(position.value(), 1)?.entries.pop();
+            // It may have been given up meanwhile, and pruned.
+            if let Some(claimed) = entry.filter(|claimed| claimed.position == position.value()) {
+                taken.extend(look(Blocked { claimed, refusal }));
             }
         }
-        Ok(blocked)
+        Ok(taken)
+    }
+
+    /// How many messages are refused.
+    pub fn blocked_len(&self) -> Result<u64, StoreError> {
+        match self.db.begin_read()?.open_table(BLOCKED) {
+            Ok(table) => Ok(table.len()?),
+            Err(TableError::TableDoesNotExist(_)) => Ok(0),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// Gives up a message that is refused: it counts as done, though nobody has it. `false`: it is refused no more. Whoever

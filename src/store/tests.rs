@@ -1,5 +1,6 @@
 mod clock;
 mod crash;
+mod stuck;
 mod values;
 
 use std::collections::{BTreeMap, BTreeSet};

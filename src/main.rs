@@ -163,10 +163,12 @@ async fn run(config: Config, until: Until, added: Added) -> Result<ExitCode, Fai
     let listen = config.http.listen;
     let pages =
         listen.and_then(|_| telemetry::metrics::install()).map(|metrics| telemetry::Pages { metrics });
-    let relay = Relay::open(config, added).await.map_err(fail)?;
     if let (Some(address), Some(pages)) = (listen, pages) {
         tokio::spawn(telemetry::serve(address, pages, stop.clone()));
     }
+    let Some(relay) = Relay::open(config, added, &stop).await.map_err(fail)? else {
+        return Ok(ExitCode::SUCCESS);
+    };
     match relay.run(until, stop).await.map_err(fail)? {
         Ending::Complete | Ending::Stopped => Ok(ExitCode::SUCCESS),
         Ending::Blocked(lanes) => {

@@ -30,6 +30,7 @@ use tracing::{error, info, warn};
 
 use crate::backoff::Backoff;
 use crate::config;
+use crate::permit::Permit;
 use crate::store::{Claimed, Entry, Store, StoreError, on_disk};
 use crate::telemetry::metrics;
 use lane::{Lane, LaneId, Recovered};
@@ -40,6 +41,8 @@ const RUN_MESSAGES: usize = 1000;
 const RUN_BYTES: usize = 8 << 20;
 /// Blocked lanes may hold this many times `sink.max_outstanding` messages before claiming stops.
 const BLOCKED_WINDOWS: usize = 10;
+/// Until it is looked again whether something may be handed over.
+const UNPERMITTED: Duration = Duration::from_millis(200);
 
 /// One message, complete.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -148,6 +151,7 @@ pub struct Publisher<S> {
     failing: HashSet<LaneId>,
     appended: watch::Receiver<u64>,
     said_full: bool,
+    permit: Arc<Permit>,
 }
 
 /// The sink answers nobody: one probe at a time.
@@ -179,7 +183,13 @@ impl<S: Sink> Publisher<S> {
             outage: None,
             failing: HashSet::new(),
             said_full: false,
+            permit: Arc::new(Permit::forever()),
         }
+    }
+
+    /// Hands something over only while that permit holds.
+    pub fn with_permit(self, permit: Arc<Permit>) -> Self {
+        Self { permit, ..self }
     }
 
     /// Hands over what can be handed over, and follows up one thing that happened.
@@ -195,10 +205,14 @@ impl<S: Sink> Publisher<S> {
     async fn try_step(&mut self) -> Result<Step, PublishError> {
         self.refill().await?;
         self.wake(Instant::now());
-        self.hand_over();
+        let permitted = self.permit.holds();
+        if permitted {
+            self.hand_over();
+        }
         self.start_commit();
         if self.in_flight.is_empty() && self.committing.is_none() {
             return Ok(match self.next_try() {
+                _ if !permitted => Step::Wait(UNPERMITTED),
                 _ if !self.store.all_claimed() && self.has_room() => Step::Progress,
                 Some(at) => Step::Wait(at.saturating_duration_since(Instant::now())),
                 None => Step::Idle,

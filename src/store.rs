@@ -12,17 +12,19 @@
 //! 5. A commit whose outcome is unknown (I/O error) is a fault of the process: restart reads what is true.
 
 mod audit;
+mod copy;
 mod fork;
 mod lanes;
 mod late;
 mod log;
+mod mount;
 mod opening;
 mod prune;
 mod registry;
 mod runs;
 mod schema;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
@@ -36,7 +38,9 @@ use thiserror::Error;
 use tokio::sync::watch;
 
 pub use audit::{Comparison, Place};
+pub use copy::{Moment, Piece, restore};
 pub use late::{Added, Imported, LateStretch};
+pub use opening::fits;
 pub use registry::{CHUNK, Registry};
 pub use schema::{Entry, Escrow, EscrowState, Identity, Kind, LateRead, Quarantined};
 
@@ -69,6 +73,18 @@ pub enum StoreError {
         source: io::Error,
         /// What to do.
         remedy: String,
+    },
+    /// The file system cannot hold a store.
+    #[error(
+        "storage.path {path} cannot be used: {why}, where two relayers could write to one file and what was synced can be \
+         lost. Set storage.path to a file on a local disk (on Cloud Run an in-memory or ephemeral disk volume), and \
+         storage.snapshot_dir to a folder there"
+    )]
+    Unsuitable {
+        /// The file.
+        path: PathBuf,
+        /// What the file system is.
+        why: String,
     },
     /// The store was made for something else.
     #[error("storage.path {path} belongs to another relay:\n{differences}\n{remedy}")]
@@ -116,7 +132,10 @@ impl StoreError {
     /// Whether only a change of configuration can help.
     pub fn is_configuration(&self) -> bool {
         match self {
-            Self::Unwritable { .. } | Self::OtherIdentity { .. } | Self::NoStartBlock { .. } => true,
+            Self::Unwritable { .. }
+            | Self::Unsuitable { .. }
+            | Self::OtherIdentity { .. }
+            | Self::NoStartBlock { .. } => true,
             Self::Locked { .. } | Self::Damaged { .. } | Self::ForkBelowFinality { .. } | Self::Io(_) => {
                 false
             }
@@ -218,6 +237,9 @@ impl Store {
         start_block: Option<u64>,
         added: Added,
     ) -> Result<Self, StoreError> {
+        if let Some(why) = mount::unsuitable(path) {
+            return Err(StoreError::Unsuitable { path: path.to_owned(), why });
+        }
         unbroken(path, || {
             let db = match path.symlink_metadata() {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -254,7 +276,7 @@ impl Store {
         start_block: Option<u64>,
         added: Added,
     ) -> Result<Self, StoreError> {
-        let (mut life, progress) = match read_life(&db)? {
+        let (mut life, progress) = match read_life(&db.begin_read()?)? {
             Some(found) => found,
             None => begin_life(&db, path, &identity, start_block)?,
         };

@@ -1,18 +1,24 @@
 //! The command line: arguments, signals, exit codes.
 
-mod escrows;
+mod commands;
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use clap::{Args, Parser, Subcommand};
+use commands::{escrows, outbox, replay, status, verify};
 use relayer::config::{Config, Sources};
 use relayer::scan::Until;
+use relayer::status::Observer;
 use relayer::store::Added;
-use relayer::{Ending, Relay, check, telemetry};
+use relayer::vitals::Vitals;
+use relayer::{Ending, Relay, check, http, telemetry};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 use tracing::{error, info};
 
 /// Answers of nodes are many small texts, which the system's allocator is slow with.
@@ -65,11 +71,31 @@ enum Command {
     },
     /// Tries everything a run needs and prints a line for each; exit 1 if something would not work.
     Check,
+    /// Prints how far the relayer is, what waits and what went wrong; also where none runs, as its store has it.
+    #[command(after_help = "Example: relayer status --json | jq .chain.lag_blocks")]
+    Status {
+        /// JSON instead of text.
+        #[arg(long)]
+        json: bool,
+    },
     /// Lists the registered escrows, hands them over to another relayer, or takes them from one.
     Escrows {
         #[command(subcommand)]
         command: escrows::Command,
     },
+    /// Shows what waits to be published, what is blocked or quarantined, and tries it again or gives it up.
+    Outbox {
+        #[command(subcommand)]
+        command: outbox::Command,
+    },
+    /// Publishes the messages of a range of blocks again, exactly as they were, with the attribute replay=true. Only what
+    /// was acknowledged before; and in order with whatever a running relayer publishes meanwhile. Ctrl-C stops it.
+    #[command(after_help = "Example: relayer replay --from 9508300 --to 9510000")]
+    Replay(replay::Replay),
+    /// Reads a range of blocks again another way, from another provider where there is one, and compares it with what was
+    /// relayed. Prints what is missing, extra or different; exit 1 if anything is. Changes nothing.
+    #[command(after_help = "Example: relayer verify --from 9508300 --to 9510000 --json")]
+    Verify(verify::Verify),
     /// Prints the effective configuration, each value with where it came from; secrets are hidden.
     Config,
 }
@@ -117,7 +143,8 @@ fn execute(cli: Cli) -> Result<ExitCode, Failure> {
     let sources = Sources::from_env(cli.options.config, cli.options.overrides);
     let (config, effective) =
         Config::load(&sources).map_err(|error| Failure { code: CONFIGURATION, error: error.into() })?;
-    telemetry::init_logs(config.log.format);
+    let vitals = Arc::new(Vitals::default());
+    telemetry::init_logs(config.log.format, &vitals);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
@@ -127,9 +154,13 @@ fn execute(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Check => Ok(runtime.block_on(check_all(&config))),
         Command::Run { until, from_now } => {
             let added = if from_now { Added::FromNow } else { Added::Read };
-            runtime.block_on(run(config, until.unwrap_or(Until::Forever), added))
+            runtime.block_on(run(config, until.unwrap_or(Until::Forever), added, vitals))
         }
-        Command::Escrows { command } => escrows::execute(&config, command),
+        Command::Status { json } => runtime.block_on(status::execute(&config, json)),
+        Command::Escrows { command } => runtime.block_on(escrows::execute(&config, command)),
+        Command::Outbox { command } => runtime.block_on(outbox::execute(&config, command)),
+        Command::Replay(replay) => runtime.block_on(replay::execute(&config, replay)),
+        Command::Verify(verify) => runtime.block_on(verify::execute(&config, verify)),
     };
     // A write that hangs must not hold up the exit.
     runtime.shutdown_timeout(Duration::from_secs(1));
@@ -145,6 +176,14 @@ fn print(text: std::fmt::Arguments<'_>) -> anyhow::Result<()> {
     }
 }
 
+/// Prints a line that must not get lost: an error also where nobody reads.
+fn print_whole(line: &str) -> anyhow::Result<()> {
+    use std::io::Write;
+    let mut out = std::io::stdout();
+    let written = writeln!(out, "{line}").and_then(|()| out.flush());
+    written.context("standard output cannot be written: nothing was discarded")
+}
+
 async fn check_all(config: &Config) -> ExitCode {
     use std::io::Write;
     // Nobody may be reading any more; the exit code still tells.
@@ -153,20 +192,21 @@ async fn check_all(config: &Config) -> ExitCode {
     if good { ExitCode::SUCCESS } else { ExitCode::from(FAULT) }
 }
 
-async fn run(config: Config, until: Until, added: Added) -> Result<ExitCode, Failure> {
+async fn run(config: Config, until: Until, added: Added, vitals: Arc<Vitals>) -> Result<ExitCode, Failure> {
     let stop = stop_on_signal()?;
     let fail = |error: relayer::RelayError| {
         let code = if error.is_configuration() { CONFIGURATION } else { FAULT };
         // Our errors name their causes themselves: as a chain they would say them twice.
         Failure { code, error: anyhow!("{error}") }
     };
-    let listen = config.http.listen;
-    let pages =
-        listen.and_then(|_| telemetry::metrics::install()).map(|metrics| telemetry::Pages { metrics });
-    if let (Some(address), Some(pages)) = (listen, pages) {
-        tokio::spawn(telemetry::serve(address, pages, stop.clone()));
-    }
-    let Some(relay) = Relay::open(config, added, &stop).await.map_err(fail)? else {
+    let observer = Arc::new(Observer::new(&config, vitals));
+    // Before the store is opened: probes are answered while that takes its time. Until the end: while it stops, too.
+    let _serving = match config.http.listen {
+        Some(address) => serve(address, &observer).await,
+        None => None,
+    };
+    let relay = Relay::open_observed(config, added, observer, &stop).await.map_err(fail)?;
+    let Some(relay) = relay else {
         return Ok(ExitCode::SUCCESS);
     };
     match relay.run(until, stop).await.map_err(fail)? {
@@ -179,6 +219,13 @@ async fn run(config: Config, until: Until, added: Added) -> Result<ExitCode, Fai
                 .into())
         }
     }
+}
+
+async fn serve(address: SocketAddr, observer: &Arc<Observer>) -> Option<AbortOnDropHandle<()>> {
+    let metrics = telemetry::metrics::install()?;
+    let listener = http::bind(address).await?;
+    let pages = http::Pages { metrics, observer: Arc::clone(observer) };
+    Some(AbortOnDropHandle::new(tokio::spawn(http::serve(listener, pages))))
 }
 
 /// Cancelled at the first SIGTERM or SIGINT.

@@ -17,12 +17,15 @@ mod fork;
 mod lanes;
 mod late;
 mod log;
+mod look;
 mod mount;
 mod opening;
+mod outbox;
 mod prune;
 mod registry;
 mod runs;
 mod schema;
+mod status;
 #[cfg(test)]
 pub(crate) mod tests;
 
@@ -40,9 +43,11 @@ use tokio::sync::watch;
 pub use audit::{Comparison, Place};
 pub use copy::{Moment, Piece, restore};
 pub use late::{Added, Imported, LateStretch};
+pub use look::{Acknowledged, Page};
 pub use opening::fits;
-pub use registry::{CHUNK, Registry};
-pub use schema::{Entry, Escrow, EscrowState, Identity, Kind, LateRead, Quarantined};
+pub use outbox::Blocked;
+pub use registry::{CHUNK, Census, Registry};
+pub use schema::{Entry, Escrow, EscrowState, Identity, Kind, LateRead, Quarantined, Refusal};
 
 use crate::event::{BlockRef, Event};
 use crate::telemetry::metrics;
@@ -253,6 +258,12 @@ impl Store {
             };
             Self::start(db, path, identity, start_block, added)
         })
+    }
+
+    /// A store that is forgotten when it is dropped.
+    pub fn in_memory(identity: Identity, start_block: u64) -> Result<Self, StoreError> {
+        let backend = redb::backends::InMemoryBackend::new();
+        Self::open_backend(backend, identity, Some(start_block), Added::Leave)
     }
 
     /// The same on any backend: how tests crash it, count its syncs, or keep it in memory.
@@ -568,16 +579,8 @@ impl Store {
     }
 
     /// Records that the sink acknowledged these entries. The watermark follows where they close the gap to it.
-    pub fn acknowledge(&self, mut positions: Vec<u64>) -> Result<(), StoreError> {
-        if positions.is_empty() {
-            return Ok(());
-        }
-        let transaction = self.db.begin_write()?;
-        acknowledge(&transaction, &mut positions)?;
-        transaction.commit()?;
-        self.waiting.fetch_sub(positions.len() as u64, Ordering::AcqRel);
-        self.measure(None);
-        Ok(())
+    pub fn acknowledge(&self, positions: Vec<u64>) -> Result<(), StoreError> {
+        self.settle(positions, &[])
     }
 
     /// Every entry below it is acknowledged.

@@ -200,6 +200,9 @@ fn every_key_can_be_set_by_its_variable() {
         ("rpc.timeout", "7s"),
         ("rpc.refusals", "wait = Slow  down, cap = at most # blocks please"),
         ("storage.path", "/data/store.redb"),
+        ("storage.snapshot_dir", "/snapshots"),
+        ("storage.snapshot_interval", "90s"),
+        ("storage.snapshot_keep", "9"),
         ("ledger.max_waiting", "11"),
         ("ledger.retention", "forever"),
         ("audit.sample_interval", "off"),
@@ -215,6 +218,8 @@ fn every_key_can_be_set_by_its_variable() {
         ("sink.ordering", "bucket:9"),
         ("sink.max_outstanding", "10"),
         ("http.listen", "off"),
+        ("http.ready_lag_blocks", "12"),
+        ("http.ready_age", "13s"),
         ("log.format", "json"),
     ] {
         let key = KEYS.iter().find(|key| key.path == path).unwrap();
@@ -234,12 +239,13 @@ fn every_key_can_be_set_by_its_variable() {
     let counted: Vec<&str> = config.escrow.count_calls.iter().map(|it| it.event.as_str()).collect();
     assert_eq!(counted, ["Done", "Begun"]);
     assert_eq!(config.sink.kind, SinkKind::File { path: PathBuf::from("events.jsonl") });
-    assert_eq!(config.http.listen, None);
+    let (ready_lag_blocks, ready_age) = (12, Duration::from_secs(13));
+    assert_eq!(config.http, Http { listen: None, ready_lag_blocks, ready_age });
     assert_eq!(config.log.format, LogFormat::Json);
 }
 
 #[test]
-fn empty_variables_of_the_plan_and_kubernetes_variables_are_not_ours() {
+fn empty_plain_variables_and_those_of_kubernetes_are_not_ours() {
     let config = Setup::sufficient()
         .environment(&[
             ("PORT", ""),

@@ -14,8 +14,8 @@ use redb::{
 
 use super::opening::{builder, now_micros, open_error, put_in_place, read_life, unfinished};
 use super::schema::{
-    ACKNOWLEDGED, BLOCKS, DIGESTS, EVENT_LOG, IDENTITY, Identity, LATE_READS, MARKS, META, QUARANTINE,
-    REGISTRY, UNAUDITED, damaged, encode,
+    ACKNOWLEDGED, BLOCKED, BLOCKS, DIGESTS, EVENT_LOG, IDENTITY, Identity, LATE_READS, MARKS, META,
+    QUARANTINE, REGISTRY, UNAUDITED, damaged, encode,
 };
 use super::{Store, StoreError, unbroken};
 use crate::event::BlockRef;
@@ -99,7 +99,7 @@ impl<K: Key + 'static, V: Value + 'static> Rows for TableDefinition<'static, K, 
 }
 
 /// All of them: a test compares the list with what is in a file.
-static TABLES: [&(dyn Rows + Sync); 10] = [
+static TABLES: [&(dyn Rows + Sync); 11] = [
     &META,
     &MARKS,
     &REGISTRY,
@@ -110,6 +110,7 @@ static TABLES: [&(dyn Rows + Sync); 10] = [
     &LATE_READS,
     &DIGESTS,
     &UNAUDITED,
+    &BLOCKED,
 ];
 
 fn push_row(bytes: &mut Vec<u8>, key: &[u8], value: &[u8]) {

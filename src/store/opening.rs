@@ -10,8 +10,8 @@ use redb::{
 };
 
 use super::schema::{
-    ACKNOWLEDGED, BLOCKS, DIGESTS, DIGESTS_FROM, EVENT_LOG, IDENTITY, Identity, Kind, LATE_READS, Life,
-    MARKS, META, PROGRESS, PRUNED_BLOCK, Progress, QUARANTINE, REGISTRY, SCHEMA, UNAUDITED, WATERMARK,
+    ACKNOWLEDGED, BLOCKED, BLOCKS, DIGESTS, DIGESTS_FROM, EVENT_LOG, IDENTITY, Identity, Kind, LATE_READS,
+    Life, MARKS, META, PROGRESS, PRUNED_BLOCK, Progress, QUARANTINE, REGISTRY, SCHEMA, UNAUDITED, WATERMARK,
     decode, encode,
 };
 use super::{StoreError, log, write_progress};
@@ -129,6 +129,7 @@ pub(super) fn begin_life(
         transaction.open_table(LATE_READS)?;
         transaction.open_table(DIGESTS)?;
         transaction.open_table(UNAUDITED)?;
+        transaction.open_table(BLOCKED)?;
         write_progress(&transaction, &progress)?;
     }
     transaction.commit()?;
@@ -154,6 +155,7 @@ pub(super) fn migrate(db: &Database, life: &mut Life) -> Result<(), StoreError> 
     let transaction = db.begin_write()?;
     transaction.open_table(LATE_READS)?;
     transaction.open_table(UNAUDITED)?;
+    transaction.open_table(BLOCKED)?;
     if life.schema < 3 {
         digest_log(&transaction)?;
     }

@@ -175,6 +175,9 @@ impl Desk {
             for finding in &verified.findings {
                 to.row(&VerifyRow::Finding(finding_row(finding, is_final(finding.place.0)))).await?;
             }
+            for escrow in &verified.unregistered {
+                to.row(&VerifyRow::Unregistered { escrow: format!("{escrow:#x}") }).await?;
+            }
             let done = verified.blocks.to();
             progress.tell(to, || format!("Compared up to block {done} of {}", blocks.to())).await?;
         }

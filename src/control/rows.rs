@@ -270,6 +270,11 @@ pub enum ReplayRow {
 pub enum VerifyRow {
     /// A difference.
     Finding(FindingRow),
+    /// An escrow that is announced there and not registered: none of its events was relayed, and they are not listed.
+    Unregistered {
+        /// Which.
+        escrow: String,
+    },
     /// At the end.
     Verified {
         /// Blocks compared.

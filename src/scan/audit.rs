@@ -94,7 +94,7 @@ pub(super) struct Found<'a> {
     pub events: BTreeMap<(u64, u64), (Log, Decoded<'a>)>,
     pub malformed: Vec<Quarantined>,
     /// Escrows that are not registered, and the block that announced each.
-    announced: BTreeMap<Address, BlockRef>,
+    pub announced: BTreeMap<Address, BlockRef>,
     /// Escrows registered from a later block only.
     announced_earlier: BTreeMap<Address, BlockRef>,
 }

@@ -63,6 +63,9 @@ pub struct Verified {
     pub events: usize,
     /// What was not.
     pub findings: Vec<Finding>,
+    /// Escrows that were announced in these blocks and are not registered: what they emitted was not relayed either, and is
+    /// not among the findings.
+    pub unregistered: Vec<Address>,
 }
 
 /// What ends it.
@@ -194,6 +197,7 @@ impl<C: Chain> Verifier<C> {
             });
         }
         findings.sort_by_key(|finding| finding.place);
-        Ok(Verified { blocks, events: found.events.len() - missed.len(), findings })
+        let unregistered = found.announced.keys().copied().collect();
+        Ok(Verified { blocks, events: found.events.len() - missed.len(), findings, unregistered })
     }
 }

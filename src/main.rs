@@ -205,7 +205,10 @@ async fn run(config: Config, until: Until, added: Added, vitals: Arc<Vitals>) ->
         Some(address) => serve(address, &observer).await,
         None => None,
     };
-    let relay = Relay::open_observed(config, added, observer).await.map_err(fail)?;
+    let relay = Relay::open_observed(config, added, observer, &stop).await.map_err(fail)?;
+    let Some(relay) = relay else {
+        return Ok(ExitCode::SUCCESS);
+    };
     match relay.run(until, stop).await.map_err(fail)? {
         Ending::Complete | Ending::Stopped => Ok(ExitCode::SUCCESS),
         Ending::Blocked(lanes) => {

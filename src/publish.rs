@@ -31,6 +31,7 @@ use tracing::{error, info, warn};
 
 use crate::backoff::Backoff;
 use crate::config;
+use crate::permit::Permit;
 use crate::store::{Claimed, Entry, Store, StoreError, on_disk};
 use crate::telemetry::metrics;
 use crate::vitals::{Loop, Vitals};
@@ -43,6 +44,8 @@ const RUN_MESSAGES: usize = 1000;
 const RUN_BYTES: usize = 8 << 20;
 /// Blocked lanes may hold this many times `sink.max_outstanding` messages before claiming stops.
 const BLOCKED_WINDOWS: usize = 10;
+/// Until it is looked again whether something may be handed over.
+const UNPERMITTED: Duration = Duration::from_millis(200);
 
 /// One message, complete.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -173,6 +176,7 @@ pub struct Publisher<S> {
     appended: watch::Receiver<u64>,
     said_full: bool,
     vitals: Arc<Vitals>,
+    permit: Arc<Permit>,
 }
 
 /// The sink answers nobody: one probe at a time.
@@ -208,8 +212,15 @@ impl<S: Sink> Publisher<S> {
             outage: None,
             failing: HashSet::new(),
             said_full: false,
+            permit: Arc::new(Permit::forever()),
             vitals: Arc::default(),
         }
+    }
+
+    /// Hands something over only while that permit holds.
+    pub fn permitted_by(mut self, permit: Arc<Permit>) -> Self {
+        self.permit = permit;
+        self
     }
 
     /// Tells there what keeps the sink, and what it took.
@@ -233,10 +244,14 @@ impl<S: Sink> Publisher<S> {
         self.obey().await?;
         self.refill().await?;
         self.wake(Instant::now());
-        self.hand_over();
+        let permitted = self.permit.holds();
+        if permitted {
+            self.hand_over();
+        }
         self.start_commit();
         if self.in_flight.is_empty() && self.committing.is_none() {
             return Ok(match self.next_try() {
+                _ if !permitted => Step::Wait(UNPERMITTED),
                 _ if self.has_more() && self.has_room() => Step::Progress,
                 Some(at) => Step::Wait(at.saturating_duration_since(Instant::now())),
                 None => Step::Idle,

@@ -12,7 +12,7 @@ use crate::config::Ordering;
 use crate::event::{BlockRef, Log, Recognised, Role, digest};
 use crate::publish::{Message, Order};
 use crate::scan::{Answer, BlockTag, Call, Chain, LogFilter, Span};
-use crate::store::{Blocked, Claimed, Entry, LateStretch, Place, Quarantined, Refusing};
+use crate::store::{Blocked, Claimed, Entry, LateStretch, Place, Quarantined};
 use crate::telemetry::metrics;
 
 impl Desk {
@@ -31,7 +31,7 @@ impl Desk {
             store.blocked(|Blocked { claimed, refusal }| {
                 left = left.checked_sub(1)?;
                 let message = message_row(&claimed.entry, chain_id, ordering);
-                let Refusing { lane, reason, since } = refusal;
+                let (lane, reason, since) = (refusal.lane, refusal.reason, refusal.since);
                 Some(BlockedRow { lane, reason, since, message })
             })
         });

@@ -9,7 +9,7 @@ use redb::{ReadableDatabase, ReadableTable};
 
 use super::audit::Place;
 use super::schema::{ACKNOWLEDGED, EVENT_LOG, MARKS, QUARANTINE, REGISTRY, UNAUDITED, WATERMARK, decode};
-use super::{Claimed, Escrow, Kind, Quarantined, Store, StoreError};
+use super::{Claimed, Escrow, Kind, Quarantined, Store, StoreError, log};
 use crate::event::BlockRange;
 
 /// Bodies in one page, at most, in bytes, unless one alone has more.
@@ -50,15 +50,14 @@ impl Store {
         let read = self.db.begin_read()?;
         let log = read.open_table(EVENT_LOG)?;
         let (mut entries, mut bytes, mut next) = (Vec::new(), 0, None);
-        for row in log.range(position..)? {
-            let (position, value) = row?;
+        for found in log::entries(&log, position..u64::MAX)? {
+            let (position, entry) = found?;
             if entries.len() == limit || bytes >= PAGE_BYTES {
-                next = Some(position.value());
+                next = Some(position);
                 break;
             }
-            let entry: super::Entry = decode("event_log", value.value())?;
             bytes += entry.body.len();
-            entries.push(Claimed { position: position.value(), entry });
+            entries.push(Claimed { position, entry });
         }
         Ok(Page { entries, next })
     }

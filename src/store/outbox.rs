@@ -1,34 +1,18 @@
 //! What does not get out by itself: messages that the sink refuses, and logs that do not decode. Which messages these are
 //! is kept in the store, so that they can be named, and given up, also while no relayer runs.
 
-use redb::{
-    ReadableDatabase, ReadableTable, ReadableTableMetadata, TableDefinition, TableError, WriteTransaction,
-};
-use serde::{Deserialize, Serialize};
 use std::sync::atomic::Ordering;
+
+use redb::{ReadableDatabase, ReadableTable, ReadableTableMetadata, WriteTransaction};
 
 use super::audit::Place;
 use super::lanes::Lanes;
 use super::late::{LateStretch, append, load, put_late};
 use super::opening::now_micros;
 use super::runs::acknowledge;
-use super::schema::{LATE_READS, LateRead, QUARANTINE, decode, encode};
+use super::schema::{BLOCKED, LATE_READS, LateRead, QUARANTINE, Refusal, decode, encode};
 use super::{Claimed, Quarantined, Store, StoreError, lock, write_progress};
 use crate::event::event_id;
-
-/// Position → [`Refusing`], of the first message of each blocked lane. A file that never had a blocked lane lacks it.
-const BLOCKED: TableDefinition<u64, &[u8]> = TableDefinition::new("blocked");
-
-/// Why a message is refused, and since when.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Refusing {
-    /// The lane that waits for it.
-    pub lane: String,
-    /// What the sink said last.
-    pub reason: String,
-    /// When it was refused first, in seconds since 1970.
-    pub since: u64,
-}
 
 /// A message that is refused.
 #[derive(Clone, Debug)]
@@ -36,7 +20,7 @@ pub struct Blocked {
     /// The message.
     pub claimed: Claimed,
     /// Why it is.
-    pub refusal: Refusing,
+    pub refusal: Refusal,
 }
 
 impl Store {
@@ -54,10 +38,10 @@ impl Store {
         unblock(&transaction, &acknowledged)?;
         for (position, lane, reason) in refused {
             let mut table = transaction.open_table(BLOCKED)?;
-            let before: Option<Refusing> =
+            let before: Option<Refusal> =
                 table.get(position)?.map(|row| decode("blocked", row.value())).transpose()?;
             let since = before.map_or(now_micros() / 1_000_000, |before| before.since);
-            let refusal = Refusing { lane: lane.clone(), reason: reason.clone(), since };
+            let refusal = Refusal { lane: lane.clone(), reason: reason.clone(), since };
             table.insert(position, encode(&refusal)?.as_slice())?;
         }
         transaction.commit()?;
@@ -69,13 +53,8 @@ impl Store {
     /// What `look` takes of the messages that are refused, oldest first. One at a time is in memory: they may be large.
     pub fn blocked<T>(&self, mut look: impl FnMut(Blocked) -> Option<T>) -> Result<Vec<T>, StoreError> {
         let read = self.db.begin_read()?;
-        let table = match read.open_table(BLOCKED) {
-            Ok(table) => table,
-            Err(TableError::TableDoesNotExist(_)) => return Ok(Vec::new()),
-            Err(error) => return Err(error.into()),
-        };
         let mut taken = Vec::new();
-        for row in table.iter()? {
+        for row in read.open_table(BLOCKED)?.iter()? {
             let (position, value) = row?;
             let refusal = decode("blocked", value.value())?;
             let entry = self.entries_from(position.value(), 1)?.entries.pop();
@@ -89,11 +68,7 @@ impl Store {
 
     /// How many messages are refused.
     pub fn blocked_len(&self) -> Result<u64, StoreError> {
-        match self.db.begin_read()?.open_table(BLOCKED) {
-            Ok(table) => Ok(table.len()?),
-            Err(TableError::TableDoesNotExist(_)) => Ok(0),
-            Err(error) => Err(error.into()),
-        }
+        Ok(self.db.begin_read()?.open_table(BLOCKED)?.len()?)
     }
 
     /// Gives up a message that is refused: it counts as done, though nobody has it. `false`: it is refused no more. Whoever

@@ -250,7 +250,7 @@ impl Relay {
             orders,
             Arc::clone(&self.observer),
         );
-        // Before the store: afterwards the socket may be another relayer's.
+        // Gone before the store is closed: afterwards the socket may be another relayer's.
         let _serving = control::serve(&self.config.storage.path, desk);
         // Either side's end, good or bad, must reach the other.
         let stop = stop.child_token();

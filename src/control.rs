@@ -189,9 +189,10 @@ impl Progress {
         Self { next: tokio::time::Instant::now() + Self::EVERY }
     }
 
+    /// Whoever has gone meanwhile is noticed by this.
     async fn tell(&mut self, to: &Replies, text: impl FnOnce() -> String) -> Result<(), Refusal> {
         if tokio::time::Instant::now() < self.next {
-            return Ok(());
+            return to.send(Answer::Waiting).await;
         }
         self.next = tokio::time::Instant::now() + Self::EVERY;
         to.note(text()).await

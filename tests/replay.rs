@@ -259,3 +259,37 @@ async fn a_replayed_message_that_is_refused_is_told_and_holds_up_no_lane() {
     pubsub.wait_for(6).await;
     assert!(!relayer.stop().await.stderr.contains("Lane blocked"));
 }
+
+#[tokio::test]
+async fn ctrl_c_ends_a_replay_beside_a_running_relayer_and_on_the_file() {
+    for running in [true, false] {
+        let (mut world, pubsub) = with_pubsub().await;
+        world.setup.set("RELAYER_SINK__MAX_OUTSTANDING", 4); // so it goes message by message
+        let escrows = world.factory.create_many(40).await;
+        world.setup.run_to_head().await;
+        let last = world.chain.block_number().await.to_string();
+        let mut relayer = running.then(|| world.setup.start(&["run"]));
+        if let Some(relayer) = &mut relayer {
+            relayer.wait_logged("Relaying from block").await;
+        }
+        pubsub.on_publish(|_| Answer::Delay(Duration::from_millis(200)));
+        let replaying = world.setup.start(&["replay", "--from", "0", "--to", &last]);
+        pubsub.wait_until("some of the replay", |messages| messages.iter().any(is_replay)).await;
+        replaying.interrupted().await.failed_with(1, &["stopped by Ctrl-C"]);
+        pubsub.heal();
+        escrows[39].send("approve", &[]).await;
+        match relayer {
+            Some(relayer) => {
+                pubsub
+                    .wait_until("the new one", |all| all.iter().any(|it| it.attribute("sequence") == "2"))
+                    .await;
+                settled(&world).await;
+                relayer.stop().await;
+            }
+            None => drop(world.setup.run_to_head().await),
+        }
+        let (published, replayed) = parted(&pubsub);
+        assert_eq!(published.len(), 41, "running: {running}");
+        assert!(replayed.len() < 40, "running: {running}: it was ended");
+    }
+}

@@ -357,6 +357,12 @@ impl Running {
         self.ended().await.good()
     }
 
+    /// SIGINT to what does not end well by it.
+    pub async fn interrupted(self) -> Finished {
+        self.signal("-INT");
+        self.ended().await
+    }
+
     /// SIGKILL.
     pub async fn kill(self) -> Finished {
         self.signal("-KILL");

@@ -1,7 +1,7 @@
 //! Reading blocks again on request, the other way than they were read, and comparing them with what stands. It uses what
 //! the [audit](super::Auditor) uses, and changes nothing.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,10 +12,11 @@ use thiserror::Error;
 use tracing::debug;
 
 use super::audit::Auditor;
+use super::harvest::Harvest;
 use super::limits::Size;
 use super::{Chain, Trouble};
 use crate::config::Config;
-use crate::event::{BlockRange, Signatures, event_id};
+use crate::event::{BlockRange, Log, Recognised, Role, Signatures, event_id};
 use crate::store::{Place, Store, StoreError, on_disk};
 
 /// Blocks read by hash in one go, at most.
@@ -63,8 +64,7 @@ pub struct Verified {
     pub events: usize,
     /// What was not.
     pub findings: Vec<Finding>,
-    /// Escrows that were announced in these blocks and are not registered: what they emitted was not relayed either, and is
-    /// not among the findings.
+    /// Escrows that were announced in these blocks and are not registered: all that they emit is missing.
     pub unregistered: Vec<Address>,
 }
 
@@ -90,6 +90,8 @@ pub struct Verifier<C> {
     store: Arc<Store>,
     signatures: Arc<Signatures>,
     chain_id: u64,
+    /// Escrows announced in what was compared that are not registered, and the block that announced each.
+    strangers: BTreeMap<Address, u64>,
     /// What has not been compared.
     rest: Option<BlockRange>,
     by_range: Size,
@@ -112,6 +114,7 @@ impl<C: Chain> Verifier<C> {
             store,
             signatures,
             chain_id: config.chain.id,
+            strangers: BTreeMap::new(),
             rest: Some(blocks),
             by_range: Size::new(config.rpc.max_range.get()),
             by_hash: Size::new(BY_HASH),
@@ -151,12 +154,34 @@ impl<C: Chain> Verifier<C> {
         if by_range { &mut self.by_range } else { &mut self.by_hash }
     }
 
-    async fn compare(&self, blocks: BlockRange, was_by_hash: bool) -> Result<Verified, Trouble> {
-        let harvest = match was_by_hash {
-            true => self.auditor.read_by_range(blocks).await?,
-            false => self.auditor.read_by_hash(blocks).await?,
-        };
-        let (found, comparison) = self.auditor.find(&self.signatures, blocks, harvest).await?;
+    async fn read(
+        &self,
+        blocks: BlockRange,
+        was_by_hash: bool,
+        escrows: &[Address],
+    ) -> Result<Harvest, Trouble> {
+        match was_by_hash {
+            true => self.auditor.read_by_range(blocks, escrows).await,
+            false => self.auditor.read_by_hash(blocks, escrows).await,
+        }
+    }
+
+    /// Logs of escrows that are not registered, from their announcements on.
+    async fn logs_of_strangers(&self, blocks: BlockRange, was_by_hash: bool) -> Result<Vec<Log>, Trouble> {
+        let escrows: Vec<Address> = self.strangers.keys().copied().collect();
+        if escrows.is_empty() {
+            return Ok(Vec::new());
+        }
+        let logs = self.read(blocks, was_by_hash, &escrows).await?.logs.into_values();
+        let since = |log: &Log| self.strangers.get(&log.address).copied();
+        Ok(logs.filter(|log| since(log).is_some_and(|since| log.block.number >= since)).collect())
+    }
+
+    async fn compare(&mut self, blocks: BlockRange, was_by_hash: bool) -> Result<Verified, Trouble> {
+        let harvest = self.read(blocks, was_by_hash, &[]).await?;
+        let signatures = Arc::clone(&self.signatures);
+        let (found, comparison) = self.auditor.find(&signatures, blocks, harvest).await?;
+        self.strangers.extend(found.announced.iter().map(|(escrow, block)| (*escrow, block.number)));
         let missed: BTreeSet<Place> = comparison.missed.iter().copied().collect();
         // What is said to be missing is seen twice.
         self.auditor.confirm(missed.iter().map(|place| &found.events[place].0)).await?;
@@ -176,6 +201,17 @@ impl<C: Chain> Verifier<C> {
                 event: Some(decoded.name().to_owned()),
                 event_id: Some(event_id(self.chain_id, &log.block.hash, log.log_index)),
             });
+        }
+        for log in self.logs_of_strangers(blocks, was_by_hash).await? {
+            if let Recognised::Known(decoded) = signatures.recognise(Role::Lifecycle, &log) {
+                findings.push(Finding {
+                    difference: Difference::Missing,
+                    place: (log.block.number, log.log_index),
+                    escrow: Some(log.address),
+                    event: Some(decoded.name().to_owned()),
+                    event_id: Some(event_id(self.chain_id, &log.block.hash, log.log_index)),
+                });
+            }
         }
         for place in comparison.extra.iter().filter(|place| !missed.contains(place)) {
             let entry = standing.get(place).map(|claimed| &claimed.entry);

@@ -134,3 +134,21 @@ fn blocks_are_split_where_the_way_changes_in_which_they_were_read() {
     assert_eq!(parts, [(1, 2, false), (3, 4, true), (5, 5, false), (6, 6, true)]);
     assert!(store.read_one_way(BlockRange::new(4, 4).unwrap()).unwrap().1);
 }
+
+#[test]
+fn an_event_that_stands_and_whose_message_is_lost_is_found_and_nothing_else_is() {
+    let store = memory();
+    for number in 1..=3 {
+        store.accept(&stretch(block(number, 0), &[number as u8], &[1, 1])).unwrap();
+    }
+    store.claim(99).unwrap();
+    store.retract(Some(block(2, 0)), u64::MAX).unwrap().unwrap();
+    store.accept(&stretch(block(3, 1), &[], &[2])).unwrap();
+    let all = BlockRange::new(0, 9).unwrap();
+    assert_eq!(store.unkept(all).unwrap(), [], "what was withdrawn does not stand");
+    let transaction = store.db.begin_write().unwrap();
+    log::remove(&mut transaction.open_table(EVENT_LOG).unwrap(), &mut [4]).unwrap();
+    transaction.commit().unwrap();
+    assert_eq!(store.unkept(all).unwrap(), [(2, 1)]);
+    assert_eq!(store.unkept(BlockRange::new(3, 9).unwrap()).unwrap(), []);
+}

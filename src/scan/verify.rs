@@ -16,7 +16,7 @@ use super::harvest::Harvest;
 use super::limits::Size;
 use super::{Chain, Trouble};
 use crate::config::Config;
-use crate::event::{BlockRange, Log, Recognised, Role, Signatures, event_id};
+use crate::event::{BlockRange, Decoded, Log, Recognised, Role, Signatures, event_id};
 use crate::store::{Place, Store, StoreError, on_disk};
 
 /// Blocks read by hash in one go, at most.
@@ -166,74 +166,88 @@ impl<C: Chain> Verifier<C> {
         }
     }
 
-    /// Logs of escrows that are not registered, from their announcements on.
-    async fn logs_of_strangers(&self, blocks: BlockRange, was_by_hash: bool) -> Result<Vec<Log>, Trouble> {
-        let escrows: Vec<Address> = self.strangers.keys().copied().collect();
-        if escrows.is_empty() {
-            return Ok(Vec::new());
-        }
-        let logs = self.read(blocks, was_by_hash, &escrows).await?.logs.into_values();
-        let since = |log: &Log| self.strangers.get(&log.address).copied();
-        Ok(logs.filter(|log| since(log).is_some_and(|since| log.block.number >= since)).collect())
-    }
-
     async fn compare(&mut self, blocks: BlockRange, was_by_hash: bool) -> Result<Verified, Trouble> {
         let harvest = self.read(blocks, was_by_hash, &[]).await?;
         let signatures = Arc::clone(&self.signatures);
         let (found, comparison) = self.auditor.find(&signatures, blocks, harvest).await?;
-        self.strangers.extend(found.announced.iter().map(|(escrow, block)| (*escrow, block.number)));
+        let mut findings = Vec::new();
         let missed: BTreeSet<Place> = comparison.missed.iter().copied().collect();
         // What is said to be missing is seen twice.
         self.auditor.confirm(missed.iter().map(|place| &found.events[place].0)).await?;
-        let extra = comparison.extra.clone();
-        let standing = on_disk(&self.store, move |store| store.standing_at(&extra)).await?;
-        let mut findings = Vec::new();
         for place in &missed {
             let (log, decoded) = &found.events[place];
             let difference = match comparison.extra.contains(place) {
                 true => Difference::Differs,
                 false => Difference::Missing,
             };
-            findings.push(Finding {
-                difference,
-                place: *place,
-                escrow: Some(decoded.escrow(log)),
-                event: Some(decoded.name().to_owned()),
-                event_id: Some(event_id(self.chain_id, &log.block.hash, log.log_index)),
-            });
+            findings.push(self.of_log(difference, log, decoded));
         }
-        for log in self.logs_of_strangers(blocks, was_by_hash).await? {
-            if let Recognised::Known(decoded) = signatures.recognise(Role::Lifecycle, &log) {
-                findings.push(Finding {
-                    difference: Difference::Missing,
-                    place: (log.block.number, log.log_index),
-                    escrow: Some(log.address),
-                    event: Some(decoded.name().to_owned()),
-                    event_id: Some(event_id(self.chain_id, &log.block.hash, log.log_index)),
-                });
-            }
+        for (escrow, block) in &found.announced {
+            self.strangers.entry(*escrow).or_insert(block.number);
         }
-        for place in comparison.extra.iter().filter(|place| !missed.contains(place)) {
-            let entry = standing.get(place).map(|claimed| &claimed.entry);
-            findings.push(Finding {
-                difference: Difference::Extra,
-                place: *place,
-                escrow: entry.map(|entry| entry.escrow),
-                event: entry.map(|entry| entry.name.clone()),
-                event_id: entry.map(|entry| entry.event_id(self.chain_id)),
-            });
-        }
-        for log in found.malformed.iter().filter(|log| comparison.odd.contains(&log.place())) {
-            findings.push(Finding {
-                difference: Difference::Undecodable,
-                place: log.place(),
-                escrow: Some(log.address),
-                event: None,
-                event_id: Some(log.event_id(self.chain_id)),
-            });
-        }
+        self.miss_strangers(blocks, was_by_hash, &mut findings).await?;
+        let extra = comparison.extra.into_iter().filter(|place| !missed.contains(place)).collect();
+        findings.extend(self.extra(extra).await?);
+        let odd = found.malformed.iter().filter(|log| comparison.odd.contains(&log.place()));
+        findings.extend(odd.map(|log| Finding {
+            difference: Difference::Undecodable,
+            place: log.place(),
+            escrow: Some(log.address),
+            event: None,
+            event_id: Some(log.event_id(self.chain_id)),
+        }));
         findings.sort_by_key(|finding| finding.place);
         let unregistered = found.announced.keys().copied().collect();
         Ok(Verified { blocks, events: found.events.len() - missed.len(), findings, unregistered })
+    }
+
+    fn of_log(&self, difference: Difference, log: &Log, decoded: &Decoded<'_>) -> Finding {
+        Finding {
+            difference,
+            place: (log.block.number, log.log_index),
+            escrow: Some(decoded.escrow(log)),
+            event: Some(decoded.name().to_owned()),
+            event_id: Some(event_id(self.chain_id, &log.block.hash, log.log_index)),
+        }
+    }
+
+    /// What escrows that are not registered emitted, from their announcements on.
+    async fn miss_strangers(
+        &self,
+        blocks: BlockRange,
+        was_by_hash: bool,
+        findings: &mut Vec<Finding>,
+    ) -> Result<(), Trouble> {
+        let escrows: Vec<Address> = self.strangers.keys().copied().collect();
+        if escrows.is_empty() {
+            return Ok(());
+        }
+        for log in self.read(blocks, was_by_hash, &escrows).await?.logs.values() {
+            let since = self.strangers.get(&log.address);
+            if since.is_none_or(|since| log.block.number < *since) {
+                continue;
+            }
+            if let Recognised::Known(decoded) = self.signatures.recognise(Role::Lifecycle, log) {
+                findings.push(self.of_log(Difference::Missing, log, &decoded));
+            }
+        }
+        Ok(())
+    }
+
+    /// Events that stand at these places, as far as their messages are still there.
+    async fn extra(&self, places: Vec<Place>) -> Result<Vec<Finding>, Trouble> {
+        let wanted = places.clone();
+        let standing = on_disk(&self.store, move |store| store.standing_at(&wanted)).await?;
+        let finding = |place| {
+            let entry = standing.get(&place).map(|claimed| &claimed.entry);
+            Finding {
+                difference: Difference::Extra,
+                place,
+                escrow: entry.map(|entry| entry.escrow),
+                event: entry.map(|entry| entry.name.clone()),
+                event_id: entry.map(|entry| entry.event_id(self.chain_id)),
+            }
+        };
+        Ok(places.into_iter().map(finding).collect())
     }
 }

@@ -170,8 +170,8 @@ impl Relay {
         stop: &CancellationToken,
     ) -> Result<Option<Self>, RelayError> {
         let signatures = signatures(&config)?;
-        let Some((store, keeper)) = open_store(&config, identity(&config, &signatures), added, stop).await?
-        else {
+        let (identity, vitals) = (identity(&config, &signatures), observer.vitals());
+        let Some((store, keeper)) = open_store(&config, identity, added, vitals, stop).await? else {
             return Ok(None);
         };
         let store = Arc::new(store);
@@ -242,7 +242,7 @@ impl Relay {
         let _auditing =
             auditor.map(|auditor| AbortOnDropHandle::new(tokio::spawn(audit(auditor.reporting_to(&vitals)))));
         let (orders, taken) = mpsc::channel(publish::ORDERS);
-        let desk = Desk::beside(
+        let mut desk = Desk::beside(
             self.config.clone(),
             Arc::clone(&self.signatures),
             Arc::clone(&self.store),
@@ -250,6 +250,9 @@ impl Relay {
             orders,
             Arc::clone(&self.observer),
         );
+        if let Some(keeper) = &self.keeper {
+            desk = desk.with_snapshots(keeper.snapshots());
+        }
         // Before the store: afterwards the socket may be another relayer's.
         let _serving = control::serve(&self.config.storage.path, desk);
         // Either side's end, good or bad, must reach the other.
@@ -350,6 +353,7 @@ async fn open_store(
     config: &Config,
     identity: Identity,
     added: Added,
+    vitals: &Vitals,
     stop: &CancellationToken,
 ) -> Result<Option<(Store, Option<Keeper>)>, RelayError> {
     let (storage, start_block) = (&config.storage, config.chain.start_block);
@@ -365,9 +369,11 @@ async fn open_store(
     }
     // Whoever has the file has its name for the lease, too.
     let existing = if storage.path.exists() { Some(open(identity.clone())?) } else { None };
+    vitals.entered(Stage::Standby);
     let Some(keeper) = Keeper::begin(storage, folder, stop).await else {
         return Ok(None);
     };
+    vitals.entered(Stage::Starting);
     let store = match existing {
         Some(store) => {
             keeper.is_newest(&store, &storage.path).await?;

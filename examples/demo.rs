@@ -75,7 +75,7 @@ fn main() -> ExitCode {
         }
     };
     if std::env::var("RUST_LOG").is_ok_and(|filter| !filter.trim().is_empty()) {
-        telemetry::init_logs(LogFormat::Text);
+        telemetry::init_logs(LogFormat::Text, &Default::default());
     }
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");
     // The support under tests/ panics where a test would fail: here that is an error like another.

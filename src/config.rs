@@ -277,6 +277,10 @@ pub enum Ordering {
 pub struct Http {
     /// Where it listens; `None` if it is off.
     pub listen: Option<SocketAddr>,
+    /// Blocks a relayer may be behind and be ready.
+    pub ready_lag_blocks: u64,
+    /// How old the oldest unpublished event of a relayer that is ready may be.
+    pub ready_age: Duration,
 }
 
 /// Log lines.
@@ -355,6 +359,8 @@ impl Config {
         let ignored_events = reader.required(&keys::AUDIT_IGNORED_EVENTS);
         let sink = sink(&mut reader, sources);
         let listen = reader.required(&keys::HTTP_LISTEN);
+        let ready_lag_blocks = reader.required(&keys::HTTP_READY_LAG_BLOCKS);
+        let ready_age = reader.required(&keys::HTTP_READY_AGE);
         let format = reader.required(&keys::LOG_FORMAT);
 
         let problems = reader.problems;
@@ -374,7 +380,7 @@ impl Config {
                     ignored_events: ignored_events?,
                 },
                 sink: sink?,
-                http: Http { listen: listen? },
+                http: Http { listen: listen?, ready_lag_blocks: ready_lag_blocks?, ready_age: ready_age? },
                 log: Log { format: format? },
             })
         })();

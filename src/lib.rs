@@ -25,14 +25,17 @@ mod backoff;
 pub mod check;
 pub mod config;
 pub mod event;
+pub mod http;
 mod progress;
 pub mod publish;
 pub mod pubsub;
 pub mod rpc;
 pub mod sample;
 pub mod scan;
+pub mod status;
 pub mod store;
 pub mod telemetry;
+pub mod vitals;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -50,9 +53,11 @@ use event::{Header, Signatures};
 use publish::{PublishError, Publisher, Sink};
 use pubsub::ConfiguredSink;
 use rpc::Rpc;
-use scan::{Auditor, ScanError, Scanner, Until};
+use scan::{Auditor, Patient, ScanError, Scanner, Until};
+use status::Observer;
 use store::{Added, Identity, Store, StoreError, on_disk};
 use telemetry::metrics;
+use vitals::{Loop, Stage, Turning, Vitals};
 
 /// What stopping may take for messages under way to be acknowledged: with the last commit it fits into 8 s.
 const DRAIN: Duration = Duration::from_secs(6);
@@ -120,12 +125,23 @@ pub struct Relay {
     store: Arc<Store>,
     rpc: Arc<Rpc>,
     sink: Arc<ConfiguredSink>,
+    observer: Arc<Observer>,
 }
 
 impl Relay {
     /// Opens the store and sets up the clients. Calls nobody yet. `added`: what to do about signatures that the store
     /// has not read the history for.
     pub async fn open(config: Config, added: Added) -> Result<Self, RelayError> {
+        let observer = Arc::new(Observer::new(&config, Arc::default()));
+        Self::open_observed(config, added, observer).await
+    }
+
+    /// The same, with somebody who looks at it from before it is open.
+    pub async fn open_observed(
+        config: Config,
+        added: Added,
+        observer: Arc<Observer>,
+    ) -> Result<Self, RelayError> {
         let signatures = signatures(&config)?;
         let store = Arc::new(Store::open(
             &config.storage.path,
@@ -135,12 +151,18 @@ impl Relay {
         )?);
         let rpc = Arc::new(Rpc::new(config.chain.id, &config.rpc)?);
         let sink = Arc::new(ConfiguredSink::open(&config.sink).await?);
-        Ok(Self { config, signatures: Arc::new(signatures), store, rpc, sink })
+        observer.opened(&store, &rpc);
+        Ok(Self { config, signatures: Arc::new(signatures), store, rpc, sink, observer })
     }
 
     /// The store, to look at.
     pub fn store(&self) -> &Arc<Store> {
         &self.store
+    }
+
+    /// What it does, to look at.
+    pub fn observer(&self) -> &Arc<Observer> {
+        &self.observer
     }
 
     /// Relays until the end asked for, or until `stop`.
@@ -188,18 +210,21 @@ impl Relay {
         let _watching = AbortOnDropHandle::new(tokio::spawn(rpc::watch(Arc::clone(&self.rpc))));
         let (chain, store, signatures) =
             (Arc::clone(&self.rpc), Arc::clone(&self.store), Arc::clone(&self.signatures));
+        let vitals = Arc::clone(self.observer.vitals());
         let auditor = Auditor::new(chain, store, signatures, &self.config);
-        let _auditing = auditor.map(|auditor| AbortOnDropHandle::new(tokio::spawn(audit(auditor))));
+        let _auditing =
+            auditor.map(|auditor| AbortOnDropHandle::new(tokio::spawn(audit(auditor.reporting_to(&vitals)))));
         // Either side's end, good or bad, must reach the other.
         let stop = stop.child_token();
         let read = CancellationToken::new();
         let scanner = Scanner::new(
-            Arc::clone(&self.rpc),
+            Arc::new(Patient::new(Arc::clone(&self.rpc), Arc::clone(&vitals))),
             Arc::clone(&self.store),
             self.signatures,
             &self.config,
             until,
-        );
+        )
+        .reporting_to(&vitals);
         let telling = progress::tell(
             scanner.goal(),
             Arc::clone(&self.store),
@@ -207,17 +232,20 @@ impl Relay {
             until != Until::Forever,
         );
         let telling = AbortOnDropHandle::new(tokio::spawn(telling));
-        let publisher = Publisher::new(self.sink, Arc::clone(&self.store), &self.config.sink);
+        let publisher =
+            Publisher::new(self.sink, Arc::clone(&self.store), &self.config.sink).reporting_to(&vitals);
         let max_waiting = self.config.ledger.max_waiting.get();
+        vitals.entered(Stage::Relaying);
         let scanning = tokio::spawn(scan_loop(
             scanner,
+            vitals.begin(Loop::Scan),
             Arc::clone(&self.store),
             self.config.chain.poll_interval,
             max_waiting,
             stop.clone(),
             read.clone(),
         ));
-        let publishing = tokio::spawn(publish_loop(publisher, stop.clone(), read));
+        let publishing = tokio::spawn(publish_loop(publisher, vitals, stop.clone(), read));
         let (scanned, published) = tokio::join!(joined(scanning), joined(publishing));
         drop(telling);
         telemetry::end_progress_bar();
@@ -240,11 +268,6 @@ pub fn signatures(config: &Config) -> Result<Signatures, event::SignatureError> 
 
 /// What a store of this configuration is made for.
 pub fn identity(config: &Config, signatures: &Signatures) -> Identity {
-    let sink = match &config.sink.kind {
-        SinkKind::Pubsub { project, topic, .. } => format!("Pub/Sub {}", pubsub::topic_name(project, topic)),
-        SinkKind::Stdout => "stdout".to_owned(),
-        SinkKind::File { path } => format!("file {}", path.display()),
-    };
     let ordering = match config.sink.ordering {
         config::Ordering::Escrow => "escrow".to_owned(),
         config::Ordering::Bucket(buckets) => format!("bucket:{buckets}"),
@@ -254,8 +277,16 @@ pub fn identity(config: &Config, signatures: &Signatures) -> Identity {
         chain_id: config.chain.id,
         factory: config.factory.address,
         signatures: signatures.identity().to_vec(),
-        sink,
+        sink: sink_identity(&config.sink),
         ordering,
+    }
+}
+
+fn sink_identity(sink: &config::Sink) -> String {
+    match &sink.kind {
+        SinkKind::Pubsub { project, topic, .. } => format!("Pub/Sub {}", pubsub::topic_name(project, topic)),
+        SinkKind::Stdout => "stdout".to_owned(),
+        SinkKind::File { path } => format!("file {}", path.display()),
     }
 }
 
@@ -268,7 +299,8 @@ async fn joined<T>(task: JoinHandle<T>) -> T {
 
 /// Steps the scanner until it is done (`read` tells) or `stop`.
 async fn scan_loop(
-    mut scanner: Scanner<Rpc>,
+    mut scanner: Scanner<Patient<Rpc>>,
+    turning: Turning,
     store: Arc<Store>,
     poll_interval: Duration,
     max_waiting: u64,
@@ -279,9 +311,10 @@ async fn scan_loop(
     let scanned = async {
         let mut busy = 0;
         loop {
+            turning.turned();
             let pause = match scanner.step().await? {
                 scan::Step::Progress => {
-                    wait_for_room(&store, max_waiting).await;
+                    turning.while_waiting(wait_for_room(&store, max_waiting)).await;
                     busy += 1;
                     if busy % LATE_TURN != 0 {
                         continue;
@@ -290,15 +323,15 @@ async fn scan_loop(
                 }
                 scan::Step::Idle => poll_interval,
                 scan::Step::Wait(pause) => {
-                    tokio::time::sleep(pause).await;
+                    turning.while_waiting(tokio::time::sleep(pause)).await;
                     continue;
                 }
                 scan::Step::Done => break,
             };
             let deadline = Some(Instant::now() + pause);
-            read_late(&mut scanner, &store, max_waiting, deadline, &mut heads).await?;
+            read_late(&mut scanner, &turning, &store, max_waiting, deadline, &mut heads).await?;
         }
-        read_late(&mut scanner, &store, max_waiting, None, &mut None).await
+        read_late(&mut scanner, &turning, &store, max_waiting, None, &mut None).await
     };
     let result = tokio::select! {
         biased;
@@ -332,7 +365,8 @@ async fn sleep_until(deadline: Instant, heads: &mut Heads) -> bool {
 /// Reads late what has to be read late: one step at least, until `deadline` or an announced head; or to its end. Then
 /// sleeps until `deadline`, or until a head is announced.
 async fn read_late(
-    scanner: &mut Scanner<Rpc>,
+    scanner: &mut Scanner<Patient<Rpc>>,
+    turning: &Turning,
     store: &Store,
     max_waiting: u64,
     deadline: Option<Instant>,
@@ -341,21 +375,22 @@ async fn read_late(
     loop {
         let pause = match scanner.step_late().await? {
             scan::Step::Progress => {
-                wait_for_room(store, max_waiting).await;
+                turning.while_waiting(wait_for_room(store, max_waiting)).await;
                 Duration::ZERO
             }
             scan::Step::Wait(pause) => pause,
             scan::Step::Idle | scan::Step::Done => break,
         };
         let next = Instant::now() + pause;
-        let announced = sleep_until(deadline.map_or(next, |deadline| deadline.min(next)), heads).await;
+        let end = deadline.map_or(next, |deadline| deadline.min(next));
+        let announced = turning.while_waiting(sleep_until(end, heads)).await;
         if announced || deadline.is_some_and(|deadline| deadline <= next) {
             return Ok(());
         }
     }
     match deadline {
         Some(deadline) => {
-            sleep_until(deadline, heads).await;
+            turning.while_waiting(sleep_until(deadline, heads)).await;
         }
         None if store.late_read().is_some() => warn!(
             "History that has to be read once more waits for the first block to be accepted: the next run reads it"
@@ -408,14 +443,16 @@ async fn wait_for_room(store: &Store, max_waiting: u64) {
 /// Steps the publisher until everything read is published, or `stop`; then lets what is under way finish.
 async fn publish_loop<S: Sink>(
     mut publisher: Publisher<S>,
+    vitals: Arc<Vitals>,
     stop: CancellationToken,
     read: CancellationToken,
 ) -> Result<Ending, RelayError> {
     let published = tokio::select! {
         biased;
         () = stop.cancelled() => None,
-        published = publish_all(&mut publisher, &read) => Some(published),
+        published = publish_all(&mut publisher, vitals.begin(Loop::Publish), &read) => Some(published),
     };
+    vitals.entered(Stage::Stopping);
     match published {
         None => match tokio::time::timeout(DRAIN, publisher.drain()).await {
             Ok(drained) => drained.map(|()| Ending::Stopped).map_err(Into::into),
@@ -437,9 +474,11 @@ async fn publish_loop<S: Sink>(
 
 async fn publish_all<S: Sink>(
     publisher: &mut Publisher<S>,
+    turning: Turning,
     read: &CancellationToken,
 ) -> Result<(), PublishError> {
     loop {
+        turning.turned();
         let all_read = read.is_cancelled();
         let pause = match publisher.step().await? {
             publish::Step::Progress => continue,
@@ -447,10 +486,13 @@ async fn publish_all<S: Sink>(
             publish::Step::Idle => None,
             publish::Step::Wait(pause) => Some(pause),
         };
-        tokio::select! {
-            () = publisher.appended() => {}
-            () = tokio::time::sleep(pause.unwrap_or_default()), if pause.is_some() => {}
-            () = read.cancelled(), if !all_read => {}
-        }
+        let something_to_do = async {
+            tokio::select! {
+                () = publisher.appended() => {}
+                () = tokio::time::sleep(pause.unwrap_or_default()), if pause.is_some() => {}
+                () = read.cancelled(), if !all_read => {}
+            }
+        };
+        turning.while_waiting(something_to_do).await;
     }
 }

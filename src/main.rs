@@ -2,17 +2,22 @@
 
 mod escrows;
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use clap::{Args, Parser, Subcommand};
 use relayer::config::{Config, Sources};
 use relayer::scan::Until;
+use relayer::status::Observer;
 use relayer::store::Added;
-use relayer::{Ending, Relay, check, telemetry};
+use relayer::vitals::Vitals;
+use relayer::{Ending, Relay, check, http, telemetry};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 use tracing::{error, info};
 
 /// Answers of nodes are many small texts, which the system's allocator is slow with.
@@ -117,7 +122,8 @@ fn execute(cli: Cli) -> Result<ExitCode, Failure> {
     let sources = Sources::from_env(cli.options.config, cli.options.overrides);
     let (config, effective) =
         Config::load(&sources).map_err(|error| Failure { code: CONFIGURATION, error: error.into() })?;
-    telemetry::init_logs(config.log.format);
+    let vitals = Arc::new(Vitals::default());
+    telemetry::init_logs(config.log.format, &vitals);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
@@ -127,7 +133,7 @@ fn execute(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Check => Ok(runtime.block_on(check_all(&config))),
         Command::Run { until, from_now } => {
             let added = if from_now { Added::FromNow } else { Added::Read };
-            runtime.block_on(run(config, until.unwrap_or(Until::Forever), added))
+            runtime.block_on(run(config, until.unwrap_or(Until::Forever), added, vitals))
         }
         Command::Escrows { command } => escrows::execute(&config, command),
     };
@@ -153,20 +159,20 @@ async fn check_all(config: &Config) -> ExitCode {
     if good { ExitCode::SUCCESS } else { ExitCode::from(FAULT) }
 }
 
-async fn run(config: Config, until: Until, added: Added) -> Result<ExitCode, Failure> {
+async fn run(config: Config, until: Until, added: Added, vitals: Arc<Vitals>) -> Result<ExitCode, Failure> {
     let stop = stop_on_signal()?;
     let fail = |error: relayer::RelayError| {
         let code = if error.is_configuration() { CONFIGURATION } else { FAULT };
         // Our errors name their causes themselves: as a chain they would say them twice.
         Failure { code, error: anyhow!("{error}") }
     };
-    let listen = config.http.listen;
-    let pages =
-        listen.and_then(|_| telemetry::metrics::install()).map(|metrics| telemetry::Pages { metrics });
-    let relay = Relay::open(config, added).await.map_err(fail)?;
-    if let (Some(address), Some(pages)) = (listen, pages) {
-        tokio::spawn(telemetry::serve(address, pages, stop.clone()));
-    }
+    let observer = Arc::new(Observer::new(&config, vitals));
+    // Before the store is opened: probes are answered while that takes its time. Until the end: while it stops, too.
+    let _serving = match config.http.listen {
+        Some(address) => serve(address, &observer).await,
+        None => None,
+    };
+    let relay = Relay::open_observed(config, added, observer).await.map_err(fail)?;
     match relay.run(until, stop).await.map_err(fail)? {
         Ending::Complete | Ending::Stopped => Ok(ExitCode::SUCCESS),
         Ending::Blocked(lanes) => {
@@ -177,6 +183,13 @@ async fn run(config: Config, until: Until, added: Added) -> Result<ExitCode, Fai
                 .into())
         }
     }
+}
+
+async fn serve(address: SocketAddr, observer: &Arc<Observer>) -> Option<AbortOnDropHandle<()>> {
+    let metrics = telemetry::metrics::install()?;
+    let listener = http::bind(address).await?;
+    let pages = http::Pages { metrics, observer: Arc::clone(observer) };
+    Some(AbortOnDropHandle::new(tokio::spawn(http::serve(listener, pages))))
 }
 
 /// Cancelled at the first SIGTERM or SIGINT.

@@ -32,6 +32,7 @@ use crate::backoff::Backoff;
 use crate::config;
 use crate::store::{Claimed, Entry, Store, StoreError, on_disk};
 use crate::telemetry::metrics;
+use crate::vitals::{Loop, Vitals};
 use lane::{Lane, LaneId, Recovered};
 
 /// Messages of a lane handed over at once, at most: what one Pub/Sub request takes.
@@ -118,6 +119,11 @@ pub enum PublishError {
     Closed(String),
 }
 
+/// The lane an entry travels on, as logs and statuses name it. `sequential`: see [`Sink::is_sequential`].
+pub fn lane_of(entry: &Entry, ordering: config::Ordering, sequential: bool) -> String {
+    LaneId::of(entry, ordering, sequential).to_string()
+}
+
 type Finished = (LaneId, usize, Receipt);
 type Commit = Pin<Box<dyn Future<Output = Result<(), StoreError>> + Send>>;
 
@@ -148,6 +154,7 @@ pub struct Publisher<S> {
     failing: HashSet<LaneId>,
     appended: watch::Receiver<u64>,
     said_full: bool,
+    vitals: Arc<Vitals>,
 }
 
 /// The sink answers nobody: one probe at a time.
@@ -179,7 +186,14 @@ impl<S: Sink> Publisher<S> {
             outage: None,
             failing: HashSet::new(),
             said_full: false,
+            vitals: Arc::default(),
         }
+    }
+
+    /// Tells there what keeps the sink, and what it took.
+    pub fn reporting_to(mut self, vitals: &Arc<Vitals>) -> Self {
+        self.vitals = Arc::clone(vitals);
+        self
     }
 
     /// Hands over what can be handed over, and follows up one thing that happened.
@@ -206,10 +220,14 @@ impl<S: Sink> Publisher<S> {
         }
         let next_try = self.next_try();
         let room = self.has_room();
+        // The sink may take its time; a commit may not.
+        let patient = self.committing.is_none();
+        let beat = async { self.vitals.while_waiting(Loop::Publish, std::future::pending::<()>()).await };
         tokio::select! {
             Some((lane, sent, receipt)) = self.in_flight.next(), if !self.in_flight.is_empty() => {
                 self.finished(lane, sent, receipt)?;
             }
+            () = beat, if patient => {}
             result = commit_of(&mut self.committing) => self.committed(result)?,
             changed = self.appended.changed(), if room => changed.expect("the store outlives its publisher"),
             () = tokio::time::sleep_until(next_try.unwrap_or_else(Instant::now)), if next_try.is_some() => {}
@@ -299,12 +317,16 @@ impl<S: Sink> Publisher<S> {
         let room = uncommitted < self.max_outstanding || uncommitted < self.window();
         let full = !room && self.held >= (1 + BLOCKED_WINDOWS) * self.max_outstanding;
         if full && !std::mem::replace(&mut self.said_full, true) {
+            self.vitals.publishing_stopped(true);
             error!(
                 held = self.held,
                 "Blocked lanes hold as many messages as may be held: publishing stops behind them"
             );
         }
-        self.said_full &= full;
+        if self.said_full && !full {
+            self.said_full = false;
+            self.vitals.publishing_stopped(false);
+        }
         room
     }
 
@@ -400,6 +422,7 @@ impl<S: Sink> Publisher<S> {
             match lane.succeeded() {
                 Some(Recovered::Unblocked) => {
                     info!(lane = %id, "Lane unblocked: its message was taken");
+                    self.vitals.lane_unblocked(&id.to_string());
                     self.measure();
                 }
                 // The end of an outage is said once for all.
@@ -424,6 +447,7 @@ impl<S: Sink> Publisher<S> {
                 let (pause, newly) = lane.refused(&reason, alone);
                 if newly {
                     error!(lane = %id, %reason, "Lane blocked: its message is refused; the others go on");
+                    self.vitals.lane_blocked(id.to_string(), &reason);
                     self.measure();
                 }
                 self.retries.insert((Instant::now() + pause, id));
@@ -495,6 +519,7 @@ impl<S: Sink> Publisher<S> {
     fn measure(&self) {
         let blocked = self.lanes.values().filter(|lane| lane.is_blocked()).count();
         metrics::sink(blocked, self.outage.is_some());
+        self.vitals.outage(self.outage.is_some());
     }
 
     /// Acknowledgements that came in during one commit share the next.
@@ -517,6 +542,7 @@ impl<S: Sink> Publisher<S> {
         result?;
         self.outstanding -= count;
         metrics::published(count);
+        self.vitals.published(count);
         info!(events = count, "Published {count} events to {}", self.sink.name());
         Ok(())
     }

@@ -12,6 +12,7 @@ pub mod verdict;
 mod wire;
 
 pub use heads::follow_heads;
+pub use health::ProviderState;
 
 use std::collections::HashSet;
 use std::num::NonZeroU32;
@@ -194,6 +195,11 @@ impl Rpc {
     /// The providers' URLs, the preferred first.
     pub fn providers(&self) -> impl Iterator<Item = &SecretUrl> {
         self.providers.iter().map(|provider| &provider.url)
+    }
+
+    /// How they are doing, the preferred first.
+    pub fn provider_states(&self) -> Vec<ProviderState> {
+        self.health.states()
     }
 
     /// How many calls were made.

@@ -11,6 +11,7 @@ mod fork;
 mod harvest;
 mod late;
 mod limits;
+mod patient;
 mod read;
 #[cfg(test)]
 mod tests;
@@ -29,12 +30,14 @@ pub use audit::Auditor;
 pub use chain::{Answer, BlockTag, Call, Chain, LogFilter, Refused, Span};
 pub(crate) use limits::Size;
 pub use limits::{Limits, Way};
+pub use patient::Patient;
 
 use crate::backoff::Backoff;
 use crate::config;
 use crate::event::{Addresses, BlockRange, BlockRef, Header, Signatures};
 use crate::store::{Store, StoreError, on_disk};
 use crate::telemetry::metrics;
+use crate::vitals::Vitals;
 use ahead::Ahead;
 use fork::{Suspicion, Withdrawn};
 use harvest::Decoder;
@@ -143,6 +146,7 @@ pub struct Scanner<C> {
     /// Pauses for a provider that does not serve us at all, until blocks are accepted again.
     rest: Backoff,
     said: Said,
+    vitals: Arc<Vitals>,
 }
 
 /// What is known of a tag, `safe` or `finalized`. A node that answered it once and does not now only lags; one that
@@ -237,7 +241,14 @@ impl<C: Chain> Scanner<C> {
             looks: 0,
             rest: Backoff::growing(),
             said: Said::default(),
+            vitals: Arc::default(),
         }
+    }
+
+    /// Tells there how far the chain is.
+    pub fn reporting_to(mut self, vitals: &Arc<Vitals>) -> Self {
+        self.vitals = Arc::clone(vitals);
+        self
     }
 
     /// Reads what comes next: one commit at most.
@@ -352,6 +363,7 @@ impl<C: Chain> Scanner<C> {
         self.unannounced = (0, 0);
         self.finality.head = head.block.number;
         metrics::head(head.block.number);
+        self.vitals.saw_head(head.block.number);
         self.see_head(head);
         // What is final is for polls to say: an announced height alone is believed by nobody else.
         self.aim(next, self.horizon(BlockTag::Latest, head.block.number));
@@ -411,6 +423,7 @@ impl<C: Chain> Scanner<C> {
         };
         self.finality.head = head.block.number;
         metrics::head(head.block.number);
+        self.vitals.saw_head(head.block.number);
         if tag != BlockTag::Latest {
             self.horizon_tag.answered();
         }
@@ -452,6 +465,7 @@ impl<C: Chain> Scanner<C> {
         let Some(horizon) = horizon else {
             return;
         };
+        self.vitals.may_read_upto(horizon);
         if self.until == Until::Head && (horizon >= next || self.store.cursor().is_some()) {
             info!(block = horizon, "Relaying up to block {horizon}");
             self.until = Until::Block(horizon);

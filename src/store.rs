@@ -20,6 +20,7 @@ mod prune;
 mod registry;
 mod runs;
 mod schema;
+mod status;
 #[cfg(test)]
 mod tests;
 
@@ -38,7 +39,7 @@ use tokio::sync::watch;
 
 pub use audit::{Comparison, Place};
 pub use late::{Added, Imported, LateStretch};
-pub use registry::{CHUNK, Registry};
+pub use registry::{CHUNK, Census, Registry};
 pub use schema::{Entry, Escrow, EscrowState, Identity, Kind, LateRead, Quarantined};
 
 use crate::event::{BlockRef, Event};

@@ -399,6 +399,18 @@ keys! {
         shape: Text, default: Some(r#""127.0.0.1:8080""#), plain: rewritten("PORT", port),
         parse: listen,
     }
+    HTTP_READY_LAG_BLOCKS: u64 {
+        path: "http.ready_lag_blocks",
+        about: "blocks a relayer may be behind and still count as ready, such as 100",
+        shape: Number, default: Some("100"), plain: None,
+        parse: whole,
+    }
+    HTTP_READY_AGE: Duration {
+        path: "http.ready_age",
+        about: "how old the oldest unpublished event may be for a relayer to count as ready, such as \"2m\"",
+        shape: Text, default: Some(r#""2m""#), plain: None,
+        parse: duration,
+    }
     LOG_FORMAT: LogFormat {
         path: "log.format",
         about: "how log lines look: \"auto\", \"text\" or \"json\"",

@@ -215,6 +215,8 @@ fn every_key_can_be_set_by_its_variable() {
         ("sink.ordering", "bucket:9"),
         ("sink.max_outstanding", "10"),
         ("http.listen", "off"),
+        ("http.ready_lag_blocks", "12"),
+        ("http.ready_age", "13s"),
         ("log.format", "json"),
     ] {
         let key = KEYS.iter().find(|key| key.path == path).unwrap();
@@ -234,7 +236,8 @@ fn every_key_can_be_set_by_its_variable() {
     let counted: Vec<&str> = config.escrow.count_calls.iter().map(|it| it.event.as_str()).collect();
     assert_eq!(counted, ["Done", "Begun"]);
     assert_eq!(config.sink.kind, SinkKind::File { path: PathBuf::from("events.jsonl") });
-    assert_eq!(config.http.listen, None);
+    let (ready_lag_blocks, ready_age) = (12, Duration::from_secs(13));
+    assert_eq!(config.http, Http { listen: None, ready_lag_blocks, ready_age });
     assert_eq!(config.log.format, LogFormat::Json);
 }
 

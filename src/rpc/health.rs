@@ -37,6 +37,23 @@ struct Provider {
     rests_until: Option<Instant>,
     /// How often in a row it was found to be behind the others.
     behind: u32,
+    /// By how many blocks, when they were compared last.
+    lag: u64,
+}
+
+/// How a provider is doing, to be shown.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ProviderState {
+    /// Its URL as it may be shown: without path, query and user.
+    pub url: String,
+    /// It answers, as far as is known.
+    pub answers: bool,
+    /// For how long it has not.
+    pub silent_for: Option<Duration>,
+    /// It serves another chain, and is not asked.
+    pub wrong_chain: bool,
+    /// Blocks it was behind another one when they were compared last.
+    pub lag: u64,
 }
 
 struct Trouble {
@@ -68,6 +85,7 @@ impl Health {
             trouble: None,
             rests_until: None,
             behind: 0,
+            lag: 0,
         };
         for index in 0..urls.len() {
             metrics::provider_answers(index, true);
@@ -174,6 +192,18 @@ impl Health {
         self.lock().iter().enumerate().any(|(index, it)| !tried.contains(&index) && it.is_usable())
     }
 
+    /// How all of them are doing.
+    pub fn states(&self) -> Vec<ProviderState> {
+        let state = |it: &Provider| ProviderState {
+            url: it.url.to_string(),
+            answers: it.is_usable(),
+            silent_for: it.trouble.as_ref().map(|trouble| trouble.since.elapsed()),
+            wrong_chain: it.wrong,
+            lag: it.lag,
+        };
+        self.lock().iter().map(state).collect()
+    }
+
     /// Providers to look at: those that are not left alone.
     pub fn to_look_at(&self) -> Vec<usize> {
         self.others(usize::MAX)
@@ -192,6 +222,7 @@ impl Health {
         for &(index, head) in heads {
             let (lag, provider) = (highest - head, &mut providers[index]);
             metrics::provider_lag(index, lag);
+            provider.lag = lag;
             let lagged = provider.lags();
             provider.behind = if lag > MAX_LAG { provider.behind + 1 } else { 0 };
             let url = &provider.url;

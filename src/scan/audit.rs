@@ -25,6 +25,7 @@ use crate::event::{
 };
 use crate::store::{Escrow, EscrowState, LateStretch, Quarantined, Store, StoreError, on_disk};
 use crate::telemetry::metrics;
+use crate::vitals::Vitals;
 
 /// Between attempts while no provider answers.
 const UNANSWERED: Duration = Duration::from_secs(30);
@@ -53,6 +54,7 @@ pub struct Auditor<C> {
     count_at: Instant,
     dice: u64,
     pub(super) said: Said,
+    vitals: Arc<Vitals>,
 }
 
 /// What was said already.
@@ -103,7 +105,14 @@ impl<C: Chain> Auditor<C> {
             sample_at: begins_at,
             count_at: begins_at,
             said: Said::default(),
+            vitals: Arc::default(),
         })
+    }
+
+    /// Tells there what it comes to.
+    pub fn reporting_to(mut self, vitals: &Arc<Vitals>) -> Self {
+        self.vitals = Arc::clone(vitals);
+        self
     }
 
     /// Audits what comes next. `Idle`: nothing is due.
@@ -255,6 +264,7 @@ impl<C: Chain> Auditor<C> {
             info!("The audit goes on");
         }
         metrics::audited(range.blocks(), missed, comparison.extra.len());
+        self.vitals.audited(range.blocks(), missed, comparison.extra.len());
         say_found(&late.announced, &late.quarantined);
         say(range, missed, &comparison.extra, comparison.renumbered);
         Ok(())

@@ -151,6 +151,7 @@ impl<C: Chain> Scanner<C> {
         self.suspected = None;
         if std::mem::take(&mut self.said.cap) {
             metrics::retractions_stopped(false);
+            self.vitals.retractions_stopped(false);
             info!("Retractions go on");
         }
         self.say_withdrawn(fork, &withdrawal);
@@ -168,6 +169,7 @@ impl<C: Chain> Scanner<C> {
                  Check the provider; if the fork is real, raise the cap and start again"
             );
             metrics::retractions_stopped(true);
+            self.vitals.retractions_stopped(true);
         }
         Step::Wait(ASK_AGAIN.max(self.settings.poll_interval))
     }

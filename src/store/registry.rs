@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use alloy::primitives::Address;
 use redb::ReadableTable;
+use serde::{Deserialize, Serialize};
 
 use super::StoreError;
 use super::schema::{Escrow, EscrowState};
@@ -11,6 +12,19 @@ use crate::event::Addresses;
 
 /// Addresses kept together as one list: with the factory as many as geth takes in one filter.
 pub const CHUNK: usize = 999;
+
+/// Escrows by their state.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Census {
+    /// Asked for at each new block.
+    pub watched: usize,
+    /// Known late: their history is being read.
+    pub joining: usize,
+    /// Long at their end, not asked for.
+    pub archived: usize,
+    /// Their announcement left the chain.
+    pub withdrawn: usize,
+}
 
 /// Every escrow registered, an address once.
 #[derive(Debug, Default)]
@@ -24,6 +38,8 @@ pub struct Registry {
     forgotten: u64,
     /// Long at their end: nobody asks for them, but what they emit counts.
     archived: HashSet<Address>,
+    /// Their announcement left the chain: few, and kept to be counted.
+    withdrawn: HashSet<Address>,
     /// Watched ones by the block that ended them; also some that have gone on since.
     ended: BTreeSet<(u64, Address)>,
     /// Escrows that are joining: the late read that reads them, and the first block of theirs that counts.
@@ -68,6 +84,10 @@ impl Registry {
         match row.is_some_and(|escrow| escrow.state == EscrowState::Archived) {
             true => self.archived.insert(address),
             false => self.archived.remove(&address),
+        };
+        match row.is_some_and(|escrow| escrow.state == EscrowState::Withdrawn) {
+            true => self.withdrawn.insert(address),
+            false => self.withdrawn.remove(&address),
         };
         let active = row.filter(|escrow| escrow.state == EscrowState::Active);
         self.ended.extend(active.and_then(|escrow| escrow.ended).map(|block| (block, address)));
@@ -143,6 +163,16 @@ impl Registry {
     /// How many are watched: registered and not archived.
     pub fn watched_len(&self) -> usize {
         self.places.len()
+    }
+
+    /// How many there are in each state.
+    pub fn census(&self) -> Census {
+        Census {
+            watched: self.places.len(),
+            joining: self.joining.len(),
+            archived: self.archived.len(),
+            withdrawn: self.withdrawn.len(),
+        }
     }
 
     /// All that are watched, in lists of [`CHUNK`], shared: as they were when asked.

@@ -1,20 +1,23 @@
 //! Logs, to stderr: stdout is for data.
 
+use std::fmt;
 use std::io::{self, IsTerminal};
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use indicatif::ProgressBar;
 
+use tracing::field::{Field, Visit};
 use tracing::level_filters::LevelFilter;
-use tracing::{Level, Subscriber};
+use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::fmt::time::SystemTime;
-use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::config::LogFormat;
+use crate::vitals::Vitals;
 
 /// What is logged where `RUST_LOG` is not set: what we say, and what worries a library.
 const DEFAULT_FILTER: &str = "warn,relayer=info";
@@ -22,8 +25,9 @@ const DEFAULT_FILTER: &str = "warn,relayer=info";
 /// Libraries that see RPC URLs, by the beginning of their names. At debug they log them.
 const SEE_URLS: [&str; 7] = ["alloy", "reqwest", "hyper", "h2", "tower", "tungstenite", "tokio_tungstenite"];
 
-/// Sends log lines to stderr from now on, filtered by `RUST_LOG`. A second call changes nothing.
-pub fn init_logs(format: LogFormat) {
+/// Sends log lines to stderr from now on, filtered by `RUST_LOG`; our warnings and errors are told to `vitals`, too. A second
+/// call changes nothing.
+pub fn init_logs(format: LogFormat, vitals: &Arc<Vitals>) {
     let terminal = io::stderr().is_terminal();
     let look = match format {
         LogFormat::Text => Look::Text { ansi: terminal },
@@ -33,7 +37,7 @@ pub fn init_logs(format: LogFormat) {
     };
     let filter = std::env::var("RUST_LOG").unwrap_or_default();
     // It fails only if a test or an embedding program has already set one.
-    let _ = subscriber(look, &filter, || AboveTheBar).try_init();
+    let _ = subscriber(look, &filter, || AboveTheBar).with(Faults(Arc::clone(vitals))).try_init();
 }
 
 /// The bar at the bottom of the terminal, if there is one.
@@ -71,6 +75,42 @@ impl io::Write for AboveTheBar {
 
     fn flush(&mut self) -> io::Result<()> {
         io::stderr().flush()
+    }
+}
+
+/// Keeps what we warn of. A fault is logged once when it begins, without secrets: that is what a status shows.
+struct Faults(Arc<Vitals>);
+
+impl<S: Subscriber> Layer<S> for Faults {
+    fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
+        let metadata = event.metadata();
+        if *metadata.level() > Level::WARN || !metadata.target().starts_with("relayer") {
+            return;
+        }
+        let mut said = Said::default();
+        event.record(&mut said);
+        let text = match said.why {
+            Some(why) if !said.message.contains(&why) => format!("{} ({why})", said.message),
+            Some(_) | None => said.message,
+        };
+        self.0.fault(*metadata.level() == Level::ERROR, &text);
+    }
+}
+
+/// What a log line says, and why.
+#[derive(Default)]
+struct Said {
+    message: String,
+    why: Option<String>,
+}
+
+impl Visit for Said {
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        match field.name() {
+            "message" => self.message = format!("{value:?}"),
+            "reason" | "error" => self.why = Some(format!("{value:?}")),
+            _ => {}
+        }
     }
 }
 

@@ -4,7 +4,7 @@
 //! nothing is counted.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use metrics::{Unit, counter, gauge, histogram};
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
@@ -60,6 +60,18 @@ pub const ALL: &[(&str, Kind, &str)] = &[
         "Blocks that provider is behind the newest told by another.",
     ),
     ("relayer_provider_in_use", Kind::Gauge, "The place in rpc.urls of the provider asked, from 0."),
+    ("relayer_lag_blocks", Kind::Gauge, "Blocks that may be read and are not accepted yet."),
+    ("relayer_head_age_seconds", Kind::Gauge, "How long ago the newest block was shown last."),
+    ("relayer_finalized_block", Kind::Gauge, "The number of the highest block known to be final."),
+    (
+        "relayer_oldest_unpublished_seconds",
+        Kind::Gauge,
+        "The age of the oldest event not acknowledged, or 0.",
+    ),
+    ("relayer_registered_escrows", Kind::Gauge, "Escrows by state."),
+    ("relayer_quarantined_logs", Kind::Gauge, "Logs that did not decode and are kept aside."),
+    ("relayer_start_time_seconds", Kind::Gauge, "When the process started, in seconds since 1970."),
+    ("relayer_build_info", Kind::Gauge, "1, with the version of the program."),
 ];
 
 /// Bounds of the histograms' buckets, in seconds: from a commit to a request that times out.
@@ -103,6 +115,12 @@ pub fn install() -> Option<PrometheusHandle> {
     ] {
         gauge!(name).set(0.0);
     }
+    reading(Some(0), Some(0), Some(0));
+    kept(None, 0);
+    registered([("watched", 0), ("joining", 0), ("archived", 0), ("withdrawn", 0)]);
+    gauge!("relayer_build_info", "version" => env!("CARGO_PKG_VERSION")).set(1.0);
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    gauge!("relayer_start_time_seconds").set(now.as_secs_f64());
     Some(handle)
 }
 
@@ -220,4 +238,31 @@ pub fn provider_lag(index: usize, blocks: u64) {
 /// Which provider is asked.
 pub fn provider_in_use(index: usize) {
     gauge!("relayer_provider_in_use").set(index as f64);
+}
+
+/// How far reading is, as far as is known.
+pub fn reading(lag_blocks: Option<u64>, head_age_seconds: Option<u64>, finalized: Option<u64>) {
+    let known = [
+        ("relayer_lag_blocks", lag_blocks),
+        ("relayer_head_age_seconds", head_age_seconds),
+        ("relayer_finalized_block", finalized),
+    ];
+    for (name, value) in known {
+        if let Some(value) = value {
+            gauge!(name).set(value as f64);
+        }
+    }
+}
+
+/// Escrows by state.
+pub fn registered(states: [(&'static str, usize); 4]) {
+    for (state, escrows) in states {
+        gauge!("relayer_registered_escrows", "state" => state).set(escrows as f64);
+    }
+}
+
+/// What the store keeps: the age of the oldest event not acknowledged, and logs that did not decode.
+pub fn kept(oldest_seconds: Option<u64>, quarantined: u64) {
+    gauge!("relayer_oldest_unpublished_seconds").set(oldest_seconds.unwrap_or(0) as f64);
+    gauge!("relayer_quarantined_logs").set(quarantined as f64);
 }

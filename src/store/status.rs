@@ -1,0 +1,55 @@
+//! What a status shows of the store: cheap to ask for, however much it holds.
+
+use redb::{ReadableDatabase, ReadableTable, ReadableTableMetadata};
+
+use super::schema::{ACKNOWLEDGED, EVENT_LOG, Entry, LateRead, MARKS, QUARANTINE, WATERMARK, decode};
+use super::{Store, StoreError, lock};
+
+/// Entries looked through for the oldest that waits, at most.
+const LOOKED_THROUGH: usize = 5_000;
+
+impl Store {
+    /// The oldest entry that is not acknowledged.
+    pub fn oldest_waiting(&self) -> Result<Option<Entry>, StoreError> {
+        self.oldest_waiting_but(|_| false)
+    }
+
+    /// The oldest that is not acknowledged and not `left_out`; `None` also if very many before it are.
+    pub fn oldest_waiting_but(&self, left_out: impl Fn(&Entry) -> bool) -> Result<Option<Entry>, StoreError> {
+        let read = self.db.begin_read()?;
+        let acknowledged = read.open_table(ACKNOWLEDGED)?;
+        let watermark = read.open_table(MARKS)?.get(WATERMARK)?.map_or(0, |mark| mark.value());
+        for row in read.open_table(EVENT_LOG)?.range(watermark..)?.take(LOOKED_THROUGH) {
+            let (position, value) = row?;
+            let run = acknowledged.range(..=position.value())?.next_back().transpose()?;
+            if run.is_some_and(|(_, end)| position.value() < end.value()) {
+                continue;
+            }
+            let entry: Entry = decode("event_log", value.value())?;
+            if !left_out(&entry) {
+                return Ok(Some(entry));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The last entries, at most `limit`, the newest first.
+    pub fn newest(&self, limit: usize) -> Result<Vec<Entry>, StoreError> {
+        let read = self.db.begin_read()?;
+        let mut newest = Vec::new();
+        for row in read.open_table(EVENT_LOG)?.iter()?.rev().take(limit) {
+            newest.push(decode("event_log", row?.1.value())?);
+        }
+        Ok(newest)
+    }
+
+    /// How many logs that did not decode are kept.
+    pub fn quarantined_len(&self) -> Result<u64, StoreError> {
+        Ok(self.db.begin_read()?.open_table(QUARANTINE)?.len()?)
+    }
+
+    /// All late reads under way, in the order of their turns.
+    pub fn late_reads(&self) -> Vec<LateRead> {
+        lock(&self.late_reads).values().cloned().collect()
+    }
+}

@@ -15,6 +15,7 @@ mod audit;
 mod fork;
 mod lanes;
 mod late;
+mod log;
 mod opening;
 mod prune;
 mod registry;
@@ -31,9 +32,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, RwLock, RwLockReadGuard};
 
 use alloy::primitives::Address;
-use redb::{
-    Database, ReadableDatabase, ReadableTable, ReadableTableMetadata, StorageBackend, WriteTransaction,
-};
+use redb::{Database, ReadableDatabase, ReadableTable, StorageBackend, WriteTransaction};
 use thiserror::Error;
 use tokio::sync::watch;
 
@@ -379,20 +378,20 @@ impl Store {
                 lanes.discover(*escrow, *block)?;
             }
             let mut log = transaction.open_table(EVENT_LOG)?;
+            let mut log = log::Appender::new(&mut log, progress.next_position);
             let mut digests = transaction.open_table(DIGESTS)?;
             let mut blocks = transaction.open_table(BLOCKS)?;
             let mut events = stretch.events.iter().peekable();
             for block in &stretch.blocks {
                 while let Some(event) = events.next_if(|event| event.block.number <= block.number) {
-                    let entry = lanes.event(event, false)?;
-                    log.insert(progress.next_position, encode(&entry)?.as_slice())?;
+                    log.append(&lanes.event(event, false)?)?;
                     digests.insert((event.block.number, event.log_index), event.digest)?;
-                    progress.next_position += 1;
                 }
-                let remembered = Remembered { hash: block.hash, log_end: progress.next_position };
+                let remembered = Remembered { hash: block.hash, log_end: log.next_position() };
                 blocks.insert(block.number, encode(&remembered)?.as_slice())?;
             }
             assert!(events.next().is_none(), "an event beyond the cursor");
+            progress.next_position = log.finish()?;
             quarantine(&transaction, &stretch.quarantined)?;
             if let Some(from) = stretch.unfinal_from {
                 add_run(&mut transaction.open_table(UNAUDITED)?, from, cursor.number + 1)?;
@@ -453,6 +452,7 @@ impl Store {
                 return Ok(Err(TooMany { messages }));
             }
             let mut dropped = Vec::new();
+            let mut appended = log::Appender::new(&mut log, progress.next_position);
             let mut digests = transaction.open_table(DIGESTS)?;
             for (position, entry, fate) in doomed {
                 digests.remove((entry.block_number, entry.log_index))?;
@@ -463,17 +463,16 @@ impl Store {
                 match fate {
                     Fate::Drop => {
                         lanes.take_back(&entry)?;
-                        log.remove(position)?;
                         dropped.push(position);
                     }
                     Fate::Retract => {
-                        let retraction = lanes.retraction(position, &entry, self.identity.chain_id)?;
-                        log.insert(progress.next_position, encode(&retraction)?.as_slice())?;
-                        progress.next_position += 1;
+                        appended.append(&lanes.retraction(position, &entry, self.identity.chain_id)?)?;
                         withdrawal.retracted += 1;
                     }
                 }
             }
+            progress.next_position = appended.finish()?;
+            log::remove(&mut log, &mut dropped)?;
             withdrawal.dropped = dropped.len();
             acknowledge(&transaction, &mut dropped)?;
             blocks.retain_in(above.., |_, _| false)?;
@@ -525,21 +524,17 @@ impl Store {
         let watermark = read.open_table(MARKS)?.get(WATERMARK)?.map_or(0, |mark| mark.value());
         claims.next = claims.next.max(watermark);
         let mut claimed = Vec::new();
-        let mut rows = 0;
-        for row in log.range(claims.next..end.max(claims.next))?.take(limit) {
-            rows += 1;
-            let (position, value) = row?;
-            let position = position.value();
-            claims.next = position + 1;
-            let done = acknowledged.range(..=position)?.next_back().transpose()?;
-            if done.is_some_and(|(_, end)| position < end.value()) {
-                continue;
+        // Some may have been acknowledged before, some dropped: there is more to look for behind them.
+        while claimed.is_empty() && claims.next < end {
+            let upto = end.min(claims.next.saturating_add(limit as u64));
+            for entry in log::entries(&log, claims.next..upto)? {
+                let (position, entry) = entry?;
+                let run = acknowledged.range(..=position)?.next_back().transpose()?;
+                if run.is_none_or(|(_, end)| end.value() <= position) {
+                    claimed.push(Claimed { position, entry });
+                }
             }
-            claimed.push(Claimed { position, entry: decode("event_log", value.value())? });
-        }
-        if rows < limit {
-            // The last entries may have been dropped: there is nothing left to find below the end.
-            claims.next = claims.next.max(end);
+            claims.next = upto;
         }
         claims.seen_below = claims.seen_below.max(claims.next);
         Ok(claimed)
@@ -572,7 +567,7 @@ impl Store {
 
     /// How many entries the log holds.
     pub fn log_len(&self) -> Result<u64, StoreError> {
-        Ok(self.db.begin_read()?.open_table(EVENT_LOG)?.len()?)
+        log::len(&self.db.begin_read()?.open_table(EVENT_LOG)?)
     }
 }
 

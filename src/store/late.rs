@@ -11,10 +11,10 @@ use redb::{Database, ReadableDatabase, ReadableTable, Table, WriteTransaction};
 
 use super::lanes::Lanes;
 use super::schema::{
-    COUNTS_FROM, DIGESTS, EVENT_LOG, Entry, Escrow, IDENTITY, Identity, LATE_READS, LateRead, Life, MARKS,
-    META, Progress, Quarantined, REGISTRY, decode, encode,
+    COUNTS_FROM, DIGESTS, EVENT_LOG, Escrow, IDENTITY, Identity, LATE_READS, LateRead, Life, MARKS, META,
+    Progress, Quarantined, REGISTRY, decode, encode,
 };
-use super::{Store, StoreError, lock, quarantine, write_progress};
+use super::{Store, StoreError, lock, log, quarantine, write_progress};
 use crate::event::{BlockRef, Event};
 
 /// What to do about signatures the configuration has and the store has not.
@@ -102,6 +102,7 @@ pub(super) fn put_late(
         lanes.announce_earlier(*escrow, *block, id)?;
     }
     let mut log = transaction.open_table(EVENT_LOG)?;
+    let mut log = log::Appender::new(&mut log, progress.next_position);
     let mut digests = transaction.open_table(DIGESTS)?;
     let before = progress.next_position;
     for event in &stretch.events {
@@ -110,10 +111,9 @@ pub(super) fn put_late(
             continue;
         }
         digests.insert(key, event.digest)?;
-        let entry = lanes.event(event, true)?;
-        log.insert(progress.next_position, encode(&entry)?.as_slice())?;
-        progress.next_position += 1;
+        log.append(&lanes.event(event, true)?)?;
     }
+    progress.next_position = log.finish()?;
     quarantine(transaction, &stretch.quarantined)?;
     Ok((progress.next_position - before) as usize)
 }
@@ -258,8 +258,8 @@ impl Store {
         let read = self.db.begin_read()?;
         let mut recent = Vec::new();
         // Each may have many events: a bounded look back has to do.
-        for row in read.open_table(EVENT_LOG)?.iter()?.rev().take(20 * limit) {
-            let entry: Entry = decode("event_log", row?.1.value())?;
+        for entry in log::entries(&read.open_table(EVENT_LOG)?, 0..u64::MAX)?.rev().take(20 * limit) {
+            let (_, entry) = entry?;
             if recent.len() < limit && !recent.contains(&entry.escrow) {
                 recent.push(entry.escrow);
             }

@@ -8,11 +8,11 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, StorageError, WriteTransaction};
 
 use super::schema::{
-    ACKNOWLEDGED, BLOCKS, DIGESTS, DIGESTS_FROM, EVENT_LOG, Entry, IDENTITY, Identity, Kind, LATE_READS,
-    Life, MARKS, META, PROGRESS, PRUNED_BLOCK, Progress, QUARANTINE, REGISTRY, SCHEMA, UNAUDITED, WATERMARK,
+    ACKNOWLEDGED, BLOCKS, DIGESTS, DIGESTS_FROM, EVENT_LOG, IDENTITY, Identity, Kind, LATE_READS, Life,
+    MARKS, META, PROGRESS, PRUNED_BLOCK, Progress, QUARANTINE, REGISTRY, SCHEMA, UNAUDITED, WATERMARK,
     decode, encode,
 };
-use super::{StoreError, write_progress};
+use super::{StoreError, log, write_progress};
 
 /// Memory redb may use for pages, in bytes; its own default is 1 GiB.
 const CACHE_BYTES: usize = 64 << 20;
@@ -131,8 +131,8 @@ pub(super) fn now_micros() -> u64 {
 pub(super) fn migrate(db: &Database, life: &mut Life) -> Result<(), StoreError> {
     match life.schema {
         SCHEMA => return Ok(()),
-        // Each layout only adds tables to the one before.
-        1 | 2 => life.schema = SCHEMA,
+        // Each layout only adds to the one before.
+        1..SCHEMA => {}
         newer => {
             return Err(StoreError::Damaged {
                 what: format!("it has layout version {newer}, this program knows {SCHEMA}"),
@@ -142,7 +142,10 @@ pub(super) fn migrate(db: &Database, life: &mut Life) -> Result<(), StoreError> 
     let transaction = db.begin_write()?;
     transaction.open_table(LATE_READS)?;
     transaction.open_table(UNAUDITED)?;
-    digest_log(&transaction)?;
+    if life.schema < 3 {
+        digest_log(&transaction)?;
+    }
+    life.schema = SCHEMA;
     transaction.open_table(META)?.insert(IDENTITY, encode(life)?.as_slice())?;
     transaction.commit()?;
     Ok(())
@@ -152,8 +155,8 @@ pub(super) fn migrate(db: &Database, life: &mut Life) -> Result<(), StoreError> 
 fn digest_log(transaction: &WriteTransaction) -> Result<(), StoreError> {
     let mut digests = transaction.open_table(DIGESTS)?;
     let log = transaction.open_table(EVENT_LOG)?;
-    for row in log.iter()? {
-        let entry: Entry = decode("event_log", row?.1.value())?;
+    for entry in log::entries(&log, 0..u64::MAX)? {
+        let (_, entry) = entry?;
         let key = (entry.block_number, entry.log_index);
         match entry.kind {
             Kind::Event => digests.insert(key, 0)?,

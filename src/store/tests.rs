@@ -1,5 +1,6 @@
 mod clock;
 mod crash;
+mod rows;
 mod values;
 
 use std::collections::{BTreeMap, BTreeSet};

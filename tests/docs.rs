@@ -138,3 +138,41 @@ fn every_key_and_every_metric_the_documents_name_exists() {
     let unknown: Vec<_> = unknown.into_iter().collect();
     assert!(unknown.is_empty(), "there are no such keys or metrics:\n{}", unknown.join("\n"));
 }
+
+#[test]
+fn every_table_and_every_layout_of_the_store_is_described() {
+    let (document, schema) = (sources::text("docs/store.md"), sources::text("src/store/schema.rs"));
+    let between = |line: &str, start: &str, end: &str| {
+        line.split_once(start).and_then(|(_, rest)| Some(rest.split_once(end)?.0.to_owned()))
+    };
+    let tables = schema.lines().filter_map(|line| between(line, "TableDefinition::new(\"", "\""));
+    let described = tables.filter(|table| document.contains(&format!("| `{table}` |"))).count();
+    assert_eq!(described, schema.matches("TableDefinition::new(").count());
+    let layout =
+        schema.lines().find_map(|line| between(line, "const SCHEMA: u32 = ", ";")).expect("a version");
+    let newest = document
+        .lines()
+        .rev()
+        .find(|line| line.starts_with("| 1 |") || line.starts_with(&format!("| {layout} |")));
+    assert!(newest.is_some_and(|line| line.starts_with(&format!("| {layout} |"))), "layout {layout}");
+}
+
+#[test]
+fn every_attribute_of_a_message_stands_in_the_guide_for_consumers() {
+    let document = sources::text("docs/consumers.md");
+    let rows: Vec<&str> = document.lines().filter(|line| line.starts_with("| `")).collect();
+    let message = relayer::event::Attributes {
+        event_type: "Approved".to_owned(),
+        chain_id: 1,
+        emitter: Default::default(),
+        escrow: Default::default(),
+        block_number: 2,
+        event_id: String::new(),
+        sequence: 3,
+        epoch: 4,
+        late: true,
+    };
+    for (name, _) in message.pairs() {
+        assert!(rows.iter().any(|row| sources::quoted(row).any(|it| it == name)), "{name}");
+    }
+}

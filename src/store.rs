@@ -12,18 +12,22 @@
 //! 5. A commit whose outcome is unknown (I/O error) is a fault of the process: restart reads what is true.
 
 mod audit;
+mod copy;
 mod fork;
 mod lanes;
 mod late;
 mod log;
+mod look;
+mod mount;
 mod opening;
+mod outbox;
 mod prune;
 mod registry;
 mod runs;
 mod schema;
 mod status;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
@@ -37,9 +41,13 @@ use thiserror::Error;
 use tokio::sync::watch;
 
 pub use audit::{Comparison, Place};
+pub use copy::{Moment, Piece, restore};
 pub use late::{Added, Imported, LateStretch};
+pub use look::{Acknowledged, Page};
+pub use opening::fits;
+pub use outbox::Blocked;
 pub use registry::{CHUNK, Census, Registry};
-pub use schema::{Entry, Escrow, EscrowState, Identity, Kind, LateRead, Quarantined};
+pub use schema::{Entry, Escrow, EscrowState, Identity, Kind, LateRead, Quarantined, Refusal};
 
 use crate::event::{BlockRef, Event};
 use crate::telemetry::metrics;
@@ -70,6 +78,18 @@ pub enum StoreError {
         source: io::Error,
         /// What to do.
         remedy: String,
+    },
+    /// The file system cannot hold a store.
+    #[error(
+        "storage.path {path} cannot be used: {why}, where two relayers could write to one file and what was synced can be \
+         lost. Set storage.path to a file on a local disk (on Cloud Run an in-memory or ephemeral disk volume), and \
+         storage.snapshot_dir to a folder there"
+    )]
+    Unsuitable {
+        /// The file.
+        path: PathBuf,
+        /// What the file system is.
+        why: String,
     },
     /// The store was made for something else.
     #[error("storage.path {path} belongs to another relay:\n{differences}\n{remedy}")]
@@ -117,7 +137,10 @@ impl StoreError {
     /// Whether only a change of configuration can help.
     pub fn is_configuration(&self) -> bool {
         match self {
-            Self::Unwritable { .. } | Self::OtherIdentity { .. } | Self::NoStartBlock { .. } => true,
+            Self::Unwritable { .. }
+            | Self::Unsuitable { .. }
+            | Self::OtherIdentity { .. }
+            | Self::NoStartBlock { .. } => true,
             Self::Locked { .. } | Self::Damaged { .. } | Self::ForkBelowFinality { .. } | Self::Io(_) => {
                 false
             }
@@ -219,6 +242,9 @@ impl Store {
         start_block: Option<u64>,
         added: Added,
     ) -> Result<Self, StoreError> {
+        if let Some(why) = mount::unsuitable(path) {
+            return Err(StoreError::Unsuitable { path: path.to_owned(), why });
+        }
         unbroken(path, || {
             let db = match path.symlink_metadata() {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -232,6 +258,12 @@ impl Store {
             };
             Self::start(db, path, identity, start_block, added)
         })
+    }
+
+    /// A store that is forgotten when it is dropped.
+    pub fn in_memory(identity: Identity, start_block: u64) -> Result<Self, StoreError> {
+        let backend = redb::backends::InMemoryBackend::new();
+        Self::open_backend(backend, identity, Some(start_block), Added::Leave)
     }
 
     /// The same on any backend: how tests crash it, count its syncs, or keep it in memory.
@@ -255,7 +287,7 @@ impl Store {
         start_block: Option<u64>,
         added: Added,
     ) -> Result<Self, StoreError> {
-        let (mut life, progress) = match read_life(&db)? {
+        let (mut life, progress) = match read_life(&db.begin_read()?)? {
             Some(found) => found,
             None => begin_life(&db, path, &identity, start_block)?,
         };
@@ -547,16 +579,8 @@ impl Store {
     }
 
     /// Records that the sink acknowledged these entries. The watermark follows where they close the gap to it.
-    pub fn acknowledge(&self, mut positions: Vec<u64>) -> Result<(), StoreError> {
-        if positions.is_empty() {
-            return Ok(());
-        }
-        let transaction = self.db.begin_write()?;
-        acknowledge(&transaction, &mut positions)?;
-        transaction.commit()?;
-        self.waiting.fetch_sub(positions.len() as u64, Ordering::AcqRel);
-        self.measure(None);
-        Ok(())
+    pub fn acknowledge(&self, positions: Vec<u64>) -> Result<(), StoreError> {
+        self.settle(positions, &[])
     }
 
     /// Every entry below it is acknowledged.

@@ -7,12 +7,12 @@
 use std::collections::{BTreeMap, HashMap};
 
 use alloy::primitives::{Address, B256};
-use redb::{Database, ReadableDatabase, ReadableTable, Table, WriteTransaction};
+use redb::{Database, ReadableDatabase, ReadableTable, ReadableTableMetadata, Table, WriteTransaction};
 
 use super::lanes::Lanes;
 use super::schema::{
     COUNTS_FROM, DIGESTS, EVENT_LOG, Escrow, IDENTITY, Identity, LATE_READS, LateRead, Life, MARKS, META,
-    Progress, Quarantined, REGISTRY, decode, encode,
+    Progress, QUARANTINE, Quarantined, REGISTRY, decode, encode,
 };
 use super::{Store, StoreError, lock, log, quarantine, write_progress};
 use crate::event::{BlockRef, Event};
@@ -114,6 +114,14 @@ pub(super) fn put_late(
         log.append(&lanes.event(event, true)?)?;
     }
     progress.next_position = log.finish()?;
+    let mut odd = transaction.open_table(QUARANTINE)?;
+    if !odd.is_empty()? {
+        // What decodes by now is odd no more.
+        for event in &stretch.events {
+            odd.remove((event.block.number, event.log_index))?;
+        }
+    }
+    drop(odd);
     quarantine(transaction, &stretch.quarantined)?;
     Ok((progress.next_position - before) as usize)
 }
@@ -208,12 +216,31 @@ impl Store {
     }
 
     /// Registers escrows whose events count from block `from` on, which must not lie beyond the next block to read. Their
-    /// history up to there is read before they are watched.
+    /// history up to there is read before they are watched. For a store that nobody reads into meanwhile.
     pub fn import(&self, escrows: &[Address], from: u64) -> Result<Imported, StoreError> {
+        let imported = self.register(escrows, from, true)?;
+        Ok(imported.unwrap_or_else(|| panic!("block {from} was not reached")))
+    }
+
+    /// The same beside a scanner: only between two of its steps may an escrow come to be watched, so the late read does that
+    /// also where there is no history. `None`: a fork has just taken the store back below `from`.
+    pub fn import_beside(&self, escrows: &[Address], from: u64) -> Result<Option<Imported>, StoreError> {
+        self.register(escrows, from, false)
+    }
+
+    fn register(
+        &self,
+        escrows: &[Address],
+        from: u64,
+        nobody_reads: bool,
+    ) -> Result<Option<Imported>, StoreError> {
         let _writing = lock(&self.writer);
         let progress = lock(&self.progress).clone();
         let next_block = next_block(&progress);
-        assert!(from <= next_block, "block {from} was not reached");
+        if from > next_block {
+            return Ok(None);
+        }
+        let at_once = nobody_reads && from == next_block;
         let block = BlockRef { number: from, hash: B256::ZERO };
         let transaction = self.db.begin_write()?;
         let mut new = 0;
@@ -224,12 +251,12 @@ impl Store {
             for escrow in escrows {
                 if lanes.join(*escrow, block, id)? {
                     new += 1;
-                    if from == next_block {
+                    if at_once {
                         lanes.joined(*escrow)?;
                     }
                 }
             }
-            if new == 0 || from == next_block {
+            if new == 0 || at_once {
                 transaction.open_table(LATE_READS)?.remove(id)?;
             }
             lanes.close()?
@@ -237,7 +264,7 @@ impl Store {
         transaction.commit()?;
         *lock(&self.late_reads) = load(&self.db)?;
         self.moved(progress, changed, 0);
-        Ok(Imported { new, known: escrows.len() - new })
+        Ok(Some(Imported { new, known: escrows.len() - new }))
     }
 
     /// The registry's rows of these escrows.

@@ -27,6 +27,8 @@ pub(super) const LATE_READS: TableDefinition<u64, &[u8]> = TableDefinition::new(
 pub(super) const DIGESTS: TableDefinition<(u64, u64), u64> = TableDefinition::new("digests");
 /// First block → one past the last, of runs of blocks that were read while they could leave the chain, and not again since.
 pub(super) const UNAUDITED: TableDefinition<u64, u64> = TableDefinition::new("unaudited");
+/// Position → [`Refusal`], of the first message of each blocked lane.
+pub(super) const BLOCKED: TableDefinition<u64, &[u8]> = TableDefinition::new("blocked");
 /// Name → value: [`IDENTITY`] and [`PROGRESS`].
 pub(super) const META: TableDefinition<&str, &[u8]> = TableDefinition::new("meta");
 
@@ -46,7 +48,7 @@ pub(super) const DIGESTS_FROM: &str = "digests_from";
 
 /// Version of this layout. 1 had no [`LATE_READS`] and no escrow that was [`EscrowState::Joining`]; 2 had no [`DIGESTS`], no
 /// [`UNAUDITED`], no escrow that was [`EscrowState::Archived`], and wider rows of escrows, which are still read; 3 had a row in
-/// [`EVENT_LOG`] for each entry, which is still read, too.
+/// [`EVENT_LOG`] for each entry, which is still read, too, and no [`BLOCKED`].
 pub(super) const SCHEMA: u32 = 4;
 pub(super) const VALUE_VERSION: u8 = 1;
 const COMPACT_VERSION: u8 = 2;
@@ -277,6 +279,17 @@ pub struct Quarantined {
     pub log_index: u64,
     /// Why it does not decode.
     pub reason: String,
+}
+
+/// Why a message is refused, and since when.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refusal {
+    /// The lane that waits for it.
+    pub lane: String,
+    /// What the sink said last.
+    pub reason: String,
+    /// When it was refused first, in seconds since 1970.
+    pub since: u64,
 }
 
 fn config() -> impl bincode::config::Config {

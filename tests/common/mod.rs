@@ -17,6 +17,7 @@
 #![allow(dead_code, unused_imports)]
 
 pub mod anvil;
+pub mod browser;
 pub mod chain;
 pub mod example;
 pub mod fakechain;

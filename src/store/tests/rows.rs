@@ -193,7 +193,7 @@ fn a_file_of_the_third_layout_goes_on_in_this_one() {
         (store.epoch(), read(&store.db.begin_read().unwrap().open_table(EVENT_LOG).unwrap(), 0..99));
     drop(store);
     unpack_rows(&path);
-    age(&path, 3, epoch, &[]);
+    age(&path, 3, epoch, &["blocked"]);
 
     let store = Store::open(&path, identity(), None, Added::Leave).unwrap();
     let after = read(&store.db.begin_read().unwrap().open_table(EVENT_LOG).unwrap(), 0..99);

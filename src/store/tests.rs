@@ -1,5 +1,6 @@
 mod clock;
 mod crash;
+mod status;
 mod values;
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -101,7 +101,10 @@ fn warnings(status: &Status) -> Vec<Reason> {
     }
     let quarantined = status.events.as_ref().map_or(0, |events| events.quarantined);
     if quarantined > 0 {
-        warnings.push(because("quarantined", format!("logs kept aside because they do not decode: {quarantined}")));
+        warnings.push(because(
+            "quarantined",
+            format!("logs kept aside because they do not decode: {quarantined}"),
+        ));
     }
     warnings
 }

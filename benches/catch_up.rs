@@ -62,8 +62,9 @@ fn compare(criterion: &mut Criterion, name: &str, time_a_log: Duration) {
         let path = folder.path().join("relayer.redb").display().to_string();
         let config = config_to(&broker, &url, &[("storage.path", &path)]);
         let began = Instant::now();
-        let relay = runtime.block_on(Relay::open(config, Added::Leave)).expect("it opens");
-        let run = runtime.spawn(relay.run(Until::Head, CancellationToken::new()));
+        let stop = CancellationToken::new();
+        let relay = runtime.block_on(Relay::open(config, Added::Leave, &stop)).expect("it opens");
+        let run = runtime.spawn(relay.expect("nobody asked to stop").run(Until::Head, stop));
         let ending = runtime.block_on(run).expect("it runs").expect("it ends well");
         assert_eq!(ending, Ending::Complete);
         began.elapsed()

@@ -79,7 +79,7 @@ async fn publish_all(mut publisher: Publisher<ConfiguredSink>) {
         match publisher.step().await.expect("it publishes") {
             Step::Progress => {}
             Step::Idle if publisher.is_drained() => return,
-            Step::Idle => publisher.appended().await,
+            Step::Idle => publisher.woken().await,
             Step::Wait(pause) => tokio::time::sleep(pause).await,
         }
     }

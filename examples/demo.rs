@@ -322,9 +322,9 @@ struct Costs {
 impl World {
     async fn start_relayer(&mut self) -> Result<()> {
         let (config, _) = Config::load(&self.sources)?;
-        let relay = Relay::open(config, Added::Read).await?;
-        let store = Arc::clone(relay.store());
         let stop = CancellationToken::new();
+        let relay = Relay::open(config, Added::Read, &stop).await?.expect("nobody asked to stop");
+        let store = Arc::clone(relay.store());
         let task = tokio::spawn(relay.run(Until::Forever, stop.clone()));
         self.relayer = Some(Running { store, stop, task });
         Ok(())

@@ -201,6 +201,12 @@ pub enum Meaning {
 pub struct Storage {
     /// Its file; relative to the working directory.
     pub path: PathBuf,
+    /// The folder of its snapshots; `None`: none are made.
+    pub snapshot_dir: Option<PathBuf>,
+    /// The time between two snapshots.
+    pub snapshot_interval: Duration,
+    /// How many snapshots are kept.
+    pub snapshot_keep: usize,
 }
 
 /// What waits in the store.
@@ -350,7 +356,7 @@ impl Config {
         let chain = chain(&mut reader);
         let contracts = contracts(&mut reader);
         let rpc = rpc(&mut reader);
-        let storage = reader.required(&keys::STORAGE_PATH);
+        let storage = storage(&mut reader);
         let max_waiting = reader.required(&keys::LEDGER_MAX_WAITING);
         let retention = reader.required(&keys::LEDGER_RETENTION);
         let sample_interval = reader.required(&keys::AUDIT_SAMPLE_INTERVAL);
@@ -371,7 +377,7 @@ impl Config {
                 factory,
                 escrow,
                 rpc: rpc?,
-                storage: Storage { path: storage? },
+                storage: storage?,
                 ledger: Ledger { max_waiting: max_waiting?, retention: retention? },
                 audit: Audit {
                     sample_interval: sample_interval?,
@@ -491,6 +497,19 @@ fn check_distinct(reader: &mut Reader, factory_events: &[Event], escrow_events: 
             reader.refuse_item(&keys::ESCROW_EVENTS.key, item, reason);
         }
     }
+}
+
+fn storage(reader: &mut Reader) -> Option<Storage> {
+    let path = reader.required(&keys::STORAGE_PATH);
+    let snapshot_dir = reader.optional(&keys::STORAGE_SNAPSHOT_DIR);
+    let snapshot_interval = reader.required(&keys::STORAGE_SNAPSHOT_INTERVAL);
+    let snapshot_keep = reader.required(&keys::STORAGE_SNAPSHOT_KEEP);
+    Some(Storage {
+        path: path?,
+        snapshot_dir: snapshot_dir?,
+        snapshot_interval: snapshot_interval?,
+        snapshot_keep: snapshot_keep?.get(),
+    })
 }
 
 fn rpc(reader: &mut Reader) -> Option<Rpc> {

@@ -24,14 +24,17 @@
 mod backoff;
 pub mod check;
 pub mod config;
+pub mod control;
 pub mod event;
 pub mod http;
+mod permit;
 mod progress;
 pub mod publish;
 pub mod pubsub;
 pub mod rpc;
 pub mod sample;
 pub mod scan;
+pub mod snapshot;
 pub mod status;
 pub mod store;
 pub mod telemetry;
@@ -41,7 +44,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use thiserror::Error;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -49,11 +52,13 @@ use tokio_util::task::AbortOnDropHandle;
 use tracing::{info, warn};
 
 use config::{Config, SinkKind};
+use control::Desk;
 use event::{Header, Signatures};
 use publish::{PublishError, Publisher, Sink};
 use pubsub::ConfiguredSink;
 use rpc::Rpc;
 use scan::{Auditor, Patient, ScanError, Scanner, Until};
+use snapshot::{Keeper, SnapshotError};
 use status::Observer;
 use store::{Added, Identity, Store, StoreError, on_disk};
 use telemetry::metrics;
@@ -61,6 +66,9 @@ use vitals::{Loop, Stage, Turning, Vitals};
 
 /// What stopping may take for messages under way to be acknowledged: with the last commit it fits into 8 s.
 const DRAIN: Duration = Duration::from_secs(6);
+/// The same where a last snapshot has to be made, and when that must be done, in time to give up the lease.
+const DRAIN_BEFORE_SNAPSHOT: Duration = Duration::from_secs(4);
+const STOPPED_AFTER: Duration = Duration::from_millis(6_500);
 /// How often a paused reader looks whether there is room again.
 const ROOM: Duration = Duration::from_millis(200);
 /// How often is looked whether there is something to prune, and how many entries one commit removes.
@@ -92,6 +100,15 @@ pub enum RelayError {
     /// Publishing ended.
     #[error(transparent)]
     Publish(#[from] PublishError),
+    /// There are snapshots, and the store cannot be made of them.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+    /// Another instance relays.
+    #[error(
+        "another instance has taken the lease in storage.snapshot_dir while this one did not answer for it: this one ends, and \
+         stands by when it is started again"
+    )]
+    LeaseLost,
 }
 
 impl RelayError {
@@ -102,7 +119,8 @@ impl RelayError {
             Self::Store(error)
             | Self::Scan(ScanError::Store(error))
             | Self::Publish(PublishError::Store(error)) => error.is_configuration(),
-            Self::Rpc(_) | Self::Publish(PublishError::Closed(_)) => false,
+            Self::Snapshot(error) => error.is_configuration(),
+            Self::Rpc(_) | Self::Publish(PublishError::Closed(_)) | Self::LeaseLost => false,
         }
     }
 }
@@ -126,14 +144,22 @@ pub struct Relay {
     rpc: Arc<Rpc>,
     sink: Arc<ConfiguredSink>,
     observer: Arc<Observer>,
+    keeper: Option<Keeper>,
 }
 
 impl Relay {
-    /// Opens the store and sets up the clients. Calls nobody yet. `added`: what to do about signatures that the store
-    /// has not read the history for.
-    pub async fn open(config: Config, added: Added) -> Result<Self, RelayError> {
+    /// Opens the store and sets up the clients. Calls no node yet. `added`: what to do about signatures that the store has not
+    /// read the history for.
+    ///
+    /// With `storage.snapshot_dir` it stands by until it has the lease, and a store that is not there is made of the newest
+    /// snapshot. `None`: `stop` came before.
+    pub async fn open(
+        config: Config,
+        added: Added,
+        stop: &CancellationToken,
+    ) -> Result<Option<Self>, RelayError> {
         let observer = Arc::new(Observer::new(&config, Arc::default()));
-        Self::open_observed(config, added, observer).await
+        Self::open_observed(config, added, observer, stop).await
     }
 
     /// The same, with somebody who looks at it from before it is open.
@@ -141,18 +167,20 @@ impl Relay {
         config: Config,
         added: Added,
         observer: Arc<Observer>,
-    ) -> Result<Self, RelayError> {
+        stop: &CancellationToken,
+    ) -> Result<Option<Self>, RelayError> {
         let signatures = signatures(&config)?;
-        let store = Arc::new(Store::open(
-            &config.storage.path,
-            identity(&config, &signatures),
-            config.chain.start_block,
-            added,
-        )?);
+        let identity = identity(&config, &signatures);
+        let opened = open_store(&config, identity, added, observer.vitals(), stop).await?;
+        let Some((store, keeper)) = opened else {
+            return Ok(None);
+        };
+        let store = Arc::new(store);
         let rpc = Arc::new(Rpc::new(config.chain.id, &config.rpc)?);
         let sink = Arc::new(ConfiguredSink::open(&config.sink).await?);
         observer.opened(&store, &rpc);
-        Ok(Self { config, signatures: Arc::new(signatures), store, rpc, sink, observer })
+        let signatures = Arc::new(signatures);
+        Ok(Some(Self { config, signatures, store, rpc, sink, observer, keeper }))
     }
 
     /// The store, to look at.
@@ -214,6 +242,17 @@ impl Relay {
         let auditor = Auditor::new(chain, store, signatures, &self.config);
         let _auditing =
             auditor.map(|auditor| AbortOnDropHandle::new(tokio::spawn(audit(auditor.reporting_to(&vitals)))));
+        let (orders, taken) = mpsc::channel(publish::ORDERS);
+        let desk = Desk::beside(
+            self.config.clone(),
+            Arc::clone(&self.signatures),
+            Arc::clone(&self.store),
+            Arc::clone(&self.rpc),
+            orders,
+            Arc::clone(&self.observer),
+        );
+        // Before the store: afterwards the socket may be another relayer's.
+        let _serving = control::serve(&self.config.storage.path, desk);
         // Either side's end, good or bad, must reach the other.
         let stop = stop.child_token();
         let read = CancellationToken::new();
@@ -232,8 +271,12 @@ impl Relay {
             until != Until::Forever,
         );
         let telling = AbortOnDropHandle::new(tokio::spawn(telling));
-        let publisher =
-            Publisher::new(self.sink, Arc::clone(&self.store), &self.config.sink).reporting_to(&vitals);
+        let mut publisher = Publisher::new(self.sink, Arc::clone(&self.store), &self.config.sink)
+            .reporting_to(&vitals)
+            .taking(taken);
+        if let Some(keeper) = &self.keeper {
+            publisher = publisher.permitted_by(keeper.permit());
+        }
         let max_waiting = self.config.ledger.max_waiting.get();
         vitals.entered(Stage::Relaying);
         let scanning = tokio::spawn(scan_loop(
@@ -245,8 +288,13 @@ impl Relay {
             stop.clone(),
             read.clone(),
         ));
-        let publishing = tokio::spawn(publish_loop(publisher, vitals, stop.clone(), read));
-        let (scanned, published) = tokio::join!(joined(scanning), joined(publishing));
+        let drain = if self.keeper.is_some() { DRAIN_BEFORE_SNAPSHOT } else { DRAIN };
+        let publishing = tokio::spawn(publish_loop(publisher, vitals, stop.clone(), read, drain));
+        let relaying = async { tokio::join!(joined(scanning), joined(publishing)) };
+        let (scanned, published) = match self.keeper {
+            None => relaying.await,
+            Some(keeper) => keep_while(relaying, keeper, &self.store, &stop).await?,
+        };
         drop(telling);
         telemetry::end_progress_bar();
         scanned?;
@@ -295,6 +343,74 @@ async fn joined<T>(task: JoinHandle<T>) -> T {
         Ok(result) => result,
         Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
     }
+}
+
+/// The store, and who keeps the lease and makes snapshots of it, if there is a folder for that. `None`: asked to stop while
+/// standing by.
+async fn open_store(
+    config: &Config,
+    identity: Identity,
+    added: Added,
+    vitals: &Vitals,
+    stop: &CancellationToken,
+) -> Result<Option<(Store, Option<Keeper>)>, RelayError> {
+    let (storage, start_block) = (&config.storage, config.chain.start_block);
+    let open = |identity| Store::open(&storage.path, identity, start_block, added);
+    let Some(folder) = &storage.snapshot_dir else {
+        return Ok(Some((open(identity)?, None)));
+    };
+    if config.chain.horizon == config::Horizon::Latest {
+        warn!(
+            "With storage.snapshot_dir and chain.horizon = \"latest\": if the store is lost, what was published after the last \
+             snapshot and has left the chain since is never withdrawn; with \"finalized\" (or \"safe\") there is no such thing"
+        );
+    }
+    // Whoever has the file has its name for the lease, too.
+    let existing = if storage.path.exists() { Some(open(identity.clone())?) } else { None };
+    let Some(keeper) = Keeper::begin(storage, folder, vitals, stop).await else {
+        return Ok(None);
+    };
+    let store = match existing {
+        Some(store) => {
+            keeper.is_newest(&store, &storage.path).await?;
+            store
+        }
+        None => {
+            keeper.restore(&storage.path, &identity).await?;
+            open(identity)?
+        }
+    };
+    Ok(Some((store, Some(keeper))))
+}
+
+/// Keeps the lease while `relaying`, and makes the last snapshot after it.
+async fn keep_while<T>(
+    relaying: impl Future<Output = T>,
+    mut keeper: Keeper,
+    store: &Arc<Store>,
+    stop: &CancellationToken,
+) -> Result<T, RelayError> {
+    let mut stopped = None;
+    let ended = {
+        let mut relaying = std::pin::pin!(relaying);
+        let stopping = async {
+            stop.cancelled().await;
+            stopped = Some(Instant::now());
+            std::future::pending::<()>().await;
+        };
+        tokio::select! {
+            ended = &mut relaying => ended,
+            () = stopping => unreachable!("it only notes when"),
+            () = keeper.tend(store, stop) => {
+                stop.cancel();
+                relaying.await;
+                return Err(RelayError::LeaseLost);
+            }
+        }
+    };
+    let deadline = stopped.unwrap_or_else(Instant::now) + STOPPED_AFTER;
+    keeper.end(store, deadline).await;
+    Ok(ended)
 }
 
 /// Steps the scanner until it is done (`read` tells) or `stop`.
@@ -446,6 +562,7 @@ async fn publish_loop<S: Sink>(
     vitals: Arc<Vitals>,
     stop: CancellationToken,
     read: CancellationToken,
+    drain: Duration,
 ) -> Result<Ending, RelayError> {
     let published = tokio::select! {
         biased;
@@ -454,7 +571,7 @@ async fn publish_loop<S: Sink>(
     };
     vitals.entered(Stage::Stopping);
     match published {
-        None => match tokio::time::timeout(DRAIN, publisher.drain()).await {
+        None => match tokio::time::timeout(drain, publisher.drain()).await {
             Ok(drained) => drained.map(|()| Ending::Stopped).map_err(Into::into),
             Err(_) => {
                 warn!("Messages under way were not acknowledged in time: they will be sent again");
@@ -488,7 +605,7 @@ async fn publish_all<S: Sink>(
         };
         let something_to_do = async {
             tokio::select! {
-                () = publisher.appended() => {}
+                () = publisher.woken() => {}
                 () = tokio::time::sleep(pause.unwrap_or_default()), if pause.is_some() => {}
                 () = read.cancelled(), if !all_read => {}
             }

@@ -1,6 +1,6 @@
 //! The command line: arguments, signals, exit codes.
 
-mod escrows;
+mod commands;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use clap::{Args, Parser, Subcommand};
+use commands::{escrows, outbox, replay, status, verify};
 use relayer::config::{Config, Sources};
 use relayer::scan::Until;
 use relayer::status::Observer;
@@ -70,11 +71,31 @@ enum Command {
     },
     /// Tries everything a run needs and prints a line for each; exit 1 if something would not work.
     Check,
+    /// Prints how far the relayer is, what waits and what went wrong; also where none runs, as its store has it.
+    #[command(after_help = "Example: relayer status --json | jq .chain.lag_blocks")]
+    Status {
+        /// JSON instead of text.
+        #[arg(long)]
+        json: bool,
+    },
     /// Lists the registered escrows, hands them over to another relayer, or takes them from one.
     Escrows {
         #[command(subcommand)]
         command: escrows::Command,
     },
+    /// Shows what waits to be published, what is blocked or quarantined, and tries it again or gives it up.
+    Outbox {
+        #[command(subcommand)]
+        command: outbox::Command,
+    },
+    /// Publishes the messages of a range of blocks again, exactly as they were, with the attribute replay=true. Only what
+    /// was acknowledged before; and in order with whatever a running relayer publishes meanwhile. Ctrl-C stops it.
+    #[command(after_help = "Example: relayer replay --from 9508300 --to 9510000")]
+    Replay(replay::Replay),
+    /// Reads a range of blocks again another way, from another provider where there is one, and compares it with what was
+    /// relayed. Prints what is missing, extra or different; exit 1 if anything is. Changes nothing.
+    #[command(after_help = "Example: relayer verify --from 9508300 --to 9510000 --json")]
+    Verify(verify::Verify),
     /// Prints the effective configuration, each value with where it came from; secrets are hidden.
     Config,
 }
@@ -135,7 +156,11 @@ fn execute(cli: Cli) -> Result<ExitCode, Failure> {
             let added = if from_now { Added::FromNow } else { Added::Read };
             runtime.block_on(run(config, until.unwrap_or(Until::Forever), added, vitals))
         }
-        Command::Escrows { command } => escrows::execute(&config, command),
+        Command::Status { json } => runtime.block_on(status::execute(&config, json)),
+        Command::Escrows { command } => runtime.block_on(escrows::execute(&config, command)),
+        Command::Outbox { command } => runtime.block_on(outbox::execute(&config, command)),
+        Command::Replay(replay) => runtime.block_on(replay::execute(&config, replay)),
+        Command::Verify(verify) => runtime.block_on(verify::execute(&config, verify)),
     };
     // A write that hangs must not hold up the exit.
     runtime.shutdown_timeout(Duration::from_secs(1));
@@ -149,6 +174,14 @@ fn print(text: std::fmt::Arguments<'_>) -> anyhow::Result<()> {
         Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
         written => written.context("standard output cannot be written"),
     }
+}
+
+/// Prints a line that must not get lost: an error also where nobody reads.
+fn print_whole(line: &str) -> anyhow::Result<()> {
+    use std::io::Write;
+    let mut out = std::io::stdout();
+    let written = writeln!(out, "{line}").and_then(|()| out.flush());
+    written.context("standard output cannot be written: nothing was discarded")
 }
 
 async fn check_all(config: &Config) -> ExitCode {
@@ -172,7 +205,10 @@ async fn run(config: Config, until: Until, added: Added, vitals: Arc<Vitals>) ->
         Some(address) => serve(address, &observer).await,
         None => None,
     };
-    let relay = Relay::open_observed(config, added, observer).await.map_err(fail)?;
+    let relay = Relay::open_observed(config, added, observer, &stop).await.map_err(fail)?;
+    let Some(relay) = relay else {
+        return Ok(ExitCode::SUCCESS);
+    };
     match relay.run(until, stop).await.map_err(fail)? {
         Ending::Complete | Ending::Stopped => Ok(ExitCode::SUCCESS),
         Ending::Blocked(lanes) => {

@@ -11,10 +11,11 @@
 //! 4. A refused message blocks its own lane only; what looks like an outage is probed by one run at a time.
 
 mod lane;
+mod orders;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -24,16 +25,18 @@ use bytes::Bytes;
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use thiserror::Error;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tracing::{error, info, warn};
 
 use crate::backoff::Backoff;
 use crate::config;
+use crate::permit::Permit;
 use crate::store::{Claimed, Entry, Store, StoreError, on_disk};
 use crate::telemetry::metrics;
 use crate::vitals::{Loop, Vitals};
-use lane::{Lane, LaneId, Recovered};
+use lane::{Item, Lane, LaneId, Recovered};
+pub use orders::{ORDERS, Order, Replayed};
 
 /// Messages of a lane handed over at once, at most: what one Pub/Sub request takes.
 const RUN_MESSAGES: usize = 1000;
@@ -41,6 +44,8 @@ const RUN_MESSAGES: usize = 1000;
 const RUN_BYTES: usize = 8 << 20;
 /// Blocked lanes may hold this many times `sink.max_outstanding` messages before claiming stops.
 const BLOCKED_WINDOWS: usize = 10;
+/// Until it is looked again whether something may be handed over.
+const UNPERMITTED: Duration = Duration::from_millis(200);
 
 /// One message, complete.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -54,6 +59,15 @@ pub struct Message {
 }
 
 impl Message {
+    /// The message that an entry of the log is.
+    pub fn of(entry: &Entry, chain_id: u64, ordering: config::Ordering) -> Self {
+        Self {
+            ordering_key: lane::ordering_key(&entry.escrow, ordering),
+            attributes: entry.attributes(chain_id).pairs(),
+            data: Bytes::copy_from_slice(&entry.body),
+        }
+    }
+
     /// Its size on the wire, in bytes, without framing.
     pub fn size(&self) -> usize {
         let attributes: usize = self.attributes.iter().map(|(name, value)| name.len() + value.len()).sum();
@@ -147,6 +161,13 @@ pub struct Publisher<S> {
     /// Messages claimed and not acknowledged.
     held: usize,
     acknowledged: Vec<u64>,
+    /// Messages refused for the first time, to be noted in the store: position, lane and reason.
+    refused: Vec<(u64, String, String)>,
+    /// Whether it publishes what waits, or only what it is ordered to send again.
+    claiming: bool,
+    orders: Option<mpsc::Receiver<Order>>,
+    /// Orders that wait for room, or for their lane to rest.
+    pending: VecDeque<Order>,
     /// The commit under way and how many acknowledgements it holds.
     committing: Option<(usize, Commit)>,
     outage: Option<Outage>,
@@ -155,6 +176,7 @@ pub struct Publisher<S> {
     appended: watch::Receiver<u64>,
     said_full: bool,
     vitals: Arc<Vitals>,
+    permit: Arc<Permit>,
 }
 
 /// The sink answers nobody: one probe at a time.
@@ -182,12 +204,23 @@ impl<S: Sink> Publisher<S> {
             outstanding: 0,
             held: 0,
             acknowledged: Vec::new(),
+            refused: Vec::new(),
+            claiming: true,
+            orders: None,
+            pending: VecDeque::new(),
             committing: None,
             outage: None,
             failing: HashSet::new(),
             said_full: false,
+            permit: Arc::new(Permit::forever()),
             vitals: Arc::default(),
         }
+    }
+
+    /// Hands something over only while that permit holds.
+    pub fn permitted_by(mut self, permit: Arc<Permit>) -> Self {
+        self.permit = permit;
+        self
     }
 
     /// Tells there what keeps the sink, and what it took.
@@ -207,13 +240,19 @@ impl<S: Sink> Publisher<S> {
     }
 
     async fn try_step(&mut self) -> Result<Step, PublishError> {
+        // Before what waits, which would leave them no room for as long as there is more of it.
+        self.obey().await?;
         self.refill().await?;
         self.wake(Instant::now());
-        self.hand_over();
+        let permitted = self.permit.holds();
+        if permitted {
+            self.hand_over();
+        }
         self.start_commit();
         if self.in_flight.is_empty() && self.committing.is_none() {
             return Ok(match self.next_try() {
-                _ if !self.store.all_claimed() && self.has_room() => Step::Progress,
+                _ if !permitted => Step::Wait(UNPERMITTED),
+                _ if self.has_more() && self.has_room() => Step::Progress,
                 Some(at) => Step::Wait(at.saturating_duration_since(Instant::now())),
                 None => Step::Idle,
             });
@@ -230,21 +269,23 @@ impl<S: Sink> Publisher<S> {
             () = beat, if patient => {}
             result = commit_of(&mut self.committing) => self.committed(result)?,
             changed = self.appended.changed(), if room => changed.expect("the store outlives its publisher"),
+            order = Self::next_order(&mut self.orders) => self.pending.push_back(order),
             () = tokio::time::sleep_until(next_try.unwrap_or_else(Instant::now)), if next_try.is_some() => {}
             () = tokio::time::sleep_until(self.complain_at) => self.complain(),
         }
         Ok(Step::Progress)
     }
 
-    /// Waits for entries to be appended.
-    pub async fn appended(&mut self) {
-        self.appended.changed().await.expect("the store outlives its publisher");
+    /// Whether entries wait that it has not claimed.
+    fn has_more(&self) -> bool {
+        self.claiming && !self.store.all_claimed()
     }
 
     /// Whether nothing is left to publish but what blocked lanes hold.
     pub fn is_drained(&self) -> bool {
-        let busy = !self.in_flight.is_empty() || self.committing.is_some() || !self.acknowledged.is_empty();
-        let all_claimed = self.store.all_claimed() || self.said_full;
+        let committed = self.committing.is_none() && self.acknowledged.is_empty() && self.refused.is_empty();
+        let busy = !self.in_flight.is_empty() || !committed || !self.pending.is_empty();
+        let all_claimed = !self.has_more() || self.said_full;
         !busy && all_claimed && self.lanes.values().all(Lane::is_blocked)
     }
 
@@ -274,7 +315,7 @@ impl<S: Sink> Publisher<S> {
 
     /// Claims entries from the log while there is room for them in memory.
     async fn refill(&mut self) -> Result<(), PublishError> {
-        if !self.has_room() || self.store.all_claimed() {
+        if !self.has_more() || !self.has_room() {
             return Ok(());
         }
         let room = self.window().saturating_sub(self.uncommitted()).clamp(1, RUN_MESSAGES);
@@ -282,22 +323,13 @@ impl<S: Sink> Publisher<S> {
         for Claimed { position, entry } in claimed {
             let id = LaneId::of(&entry, self.ordering, self.sink.is_sequential());
             let message = Arc::new(self.message(&entry));
-            let lane = self.lanes.entry(id).or_default();
-            lane.push(position, message);
-            self.held += 1;
-            if lane.is_resting() {
-                self.ready.insert((lane.front().expect("just pushed"), id));
-            }
+            self.enqueue(id, Item { position, message, replaying: None });
         }
         Ok(())
     }
 
     fn message(&self, entry: &Entry) -> Message {
-        Message {
-            ordering_key: lane::ordering_key(&entry.escrow, self.ordering),
-            attributes: entry.attributes(self.store.identity().chain_id).pairs(),
-            data: Bytes::copy_from_slice(&entry.body),
-        }
+        Message::of(entry, self.store.identity().chain_id, self.ordering)
     }
 
     /// Messages claimed whose acknowledgement is not committed.
@@ -417,7 +449,16 @@ impl<S: Sink> Publisher<S> {
         let lane = self.lanes.get_mut(&id).expect("a lane with a run under way exists");
         let done = lane.finish_run(receipt.acknowledged);
         self.held -= done.len();
-        self.acknowledged.extend(done);
+        for item in done {
+            match item.replaying {
+                None => self.acknowledged.push(item.position),
+                // Of that the store knows already.
+                Some(replaying) => {
+                    self.outstanding -= 1;
+                    replaying.acknowledged();
+                }
+            }
+        }
         if receipt.acknowledged > 0 {
             match lane.succeeded() {
                 Some(Recovered::Unblocked) => {
@@ -444,14 +485,10 @@ impl<S: Sink> Publisher<S> {
                 let alone = sent - receipt.acknowledged == 1;
                 let keyed = self.ordering != config::Ordering::None;
                 self.outstanding -= if alone && keyed { lane.forget_all() } else { lane.forget_added() };
-                let (pause, newly) = lane.refused(&reason, alone);
-                if newly {
-                    error!(lane = %id, %reason, "Lane blocked: its message is refused; the others go on");
-                    self.vitals.lane_blocked(id.to_string(), &reason);
-                    self.measure();
+                if !(alone && self.leave_refused(id, &reason)) {
+                    self.refused(id, &reason, alone);
+                    return Ok(());
                 }
-                self.retries.insert((Instant::now() + pause, id));
-                return Ok(());
             }
             Some(SinkError::Unavailable(reason)) => {
                 let (pause, newly) = lane.unavailable();
@@ -464,7 +501,7 @@ impl<S: Sink> Publisher<S> {
                 return Ok(());
             }
         }
-        match lane.rest() {
+        match self.lanes.get_mut(&id).expect("still there").rest() {
             Some(front) => {
                 self.ready.insert((front, id));
             }
@@ -473,6 +510,23 @@ impl<S: Sink> Publisher<S> {
             }
         }
         Ok(())
+    }
+
+    /// The run was refused; `alone`: it was one message, which blocks its lane.
+    fn refused(&mut self, id: LaneId, reason: &str, alone: bool) {
+        let lane = self.lanes.get_mut(&id).expect("a lane that was refused exists");
+        let (pause, newly) = lane.refused(reason, alone);
+        let front = lane.front().expect("a refused message stays");
+        if newly {
+            error!(lane = %id, %reason, "Lane blocked: its message is refused; the others go on");
+            self.vitals.lane_blocked(id.to_string(), reason);
+            self.refused.push((front, id.to_string(), reason.to_owned()));
+            self.measure();
+        }
+        if alone {
+            self.leave_replays(id, reason);
+        }
+        self.retries.insert((Instant::now() + pause, id));
     }
 
     /// Several lanes failing, or the only one there is, looks like an outage.
@@ -524,14 +578,15 @@ impl<S: Sink> Publisher<S> {
 
     /// Acknowledgements that came in during one commit share the next.
     fn start_commit(&mut self) {
-        if self.committing.is_some() || self.acknowledged.is_empty() {
+        if self.committing.is_some() || self.acknowledged.is_empty() && self.refused.is_empty() {
             return;
         }
         let positions = std::mem::take(&mut self.acknowledged);
+        let refused = std::mem::take(&mut self.refused);
         let (count, store) = (positions.len(), Arc::clone(&self.store));
         let commit = async move {
             let began = Instant::now();
-            let committed = on_disk(&store, |store| store.acknowledge(positions)).await;
+            let committed = on_disk(&store, move |store| store.settle(positions, &refused)).await;
             metrics::commit_took("acknowledgements", began.elapsed());
             committed
         };
@@ -540,6 +595,9 @@ impl<S: Sink> Publisher<S> {
 
     fn committed(&mut self, (count, result): (usize, Result<(), StoreError>)) -> Result<(), PublishError> {
         result?;
+        if count == 0 {
+            return Ok(());
+        }
         self.outstanding -= count;
         metrics::published(count);
         self.vitals.published(count);

@@ -15,6 +15,7 @@ mod patient;
 mod read;
 #[cfg(test)]
 mod tests;
+mod verify;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -31,6 +32,7 @@ pub use chain::{Answer, BlockTag, Call, Chain, LogFilter, Refused, Span};
 pub(crate) use limits::Size;
 pub use limits::{Limits, Way};
 pub use patient::Patient;
+pub use verify::{Difference, Finding, Verified, Verifier, VerifyError};
 
 use crate::backoff::Backoff;
 use crate::config;

@@ -12,17 +12,22 @@
 //! 5. A commit whose outcome is unknown (I/O error) is a fault of the process: restart reads what is true.
 
 mod audit;
+mod copy;
 mod fork;
 mod lanes;
 mod late;
+mod log;
+mod look;
+mod mount;
 mod opening;
+mod outbox;
 mod prune;
 mod registry;
 mod runs;
 mod schema;
 mod status;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
@@ -31,16 +36,18 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, RwLock, RwLockReadGuard};
 
 use alloy::primitives::Address;
-use redb::{
-    Database, ReadableDatabase, ReadableTable, ReadableTableMetadata, StorageBackend, WriteTransaction,
-};
+use redb::{Database, ReadableDatabase, ReadableTable, StorageBackend, WriteTransaction};
 use thiserror::Error;
 use tokio::sync::watch;
 
 pub use audit::{Comparison, Place};
+pub use copy::{Moment, Piece, restore};
 pub use late::{Added, Imported, LateStretch};
+pub use look::{Acknowledged, Page};
+pub use opening::fits;
+pub use outbox::Blocked;
 pub use registry::{CHUNK, Census, Registry};
-pub use schema::{Entry, Escrow, EscrowState, Identity, Kind, LateRead, Quarantined};
+pub use schema::{Entry, Escrow, EscrowState, Identity, Kind, LateRead, Quarantined, Refusal};
 
 use crate::event::{BlockRef, Event};
 use crate::telemetry::metrics;
@@ -71,6 +78,18 @@ pub enum StoreError {
         source: io::Error,
         /// What to do.
         remedy: String,
+    },
+    /// The file system cannot hold a store.
+    #[error(
+        "storage.path {path} cannot be used: {why}, where two relayers could write to one file and what was synced can be \
+         lost. Set storage.path to a file on a local disk (on Cloud Run an in-memory or ephemeral disk volume), and \
+         storage.snapshot_dir to a folder there"
+    )]
+    Unsuitable {
+        /// The file.
+        path: PathBuf,
+        /// What the file system is.
+        why: String,
     },
     /// The store was made for something else.
     #[error("storage.path {path} belongs to another relay:\n{differences}\n{remedy}")]
@@ -118,7 +137,10 @@ impl StoreError {
     /// Whether only a change of configuration can help.
     pub fn is_configuration(&self) -> bool {
         match self {
-            Self::Unwritable { .. } | Self::OtherIdentity { .. } | Self::NoStartBlock { .. } => true,
+            Self::Unwritable { .. }
+            | Self::Unsuitable { .. }
+            | Self::OtherIdentity { .. }
+            | Self::NoStartBlock { .. } => true,
             Self::Locked { .. } | Self::Damaged { .. } | Self::ForkBelowFinality { .. } | Self::Io(_) => {
                 false
             }
@@ -220,6 +242,9 @@ impl Store {
         start_block: Option<u64>,
         added: Added,
     ) -> Result<Self, StoreError> {
+        if let Some(why) = mount::unsuitable(path) {
+            return Err(StoreError::Unsuitable { path: path.to_owned(), why });
+        }
         unbroken(path, || {
             let db = match path.symlink_metadata() {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -233,6 +258,12 @@ impl Store {
             };
             Self::start(db, path, identity, start_block, added)
         })
+    }
+
+    /// A store that is forgotten when it is dropped.
+    pub fn in_memory(identity: Identity, start_block: u64) -> Result<Self, StoreError> {
+        let backend = redb::backends::InMemoryBackend::new();
+        Self::open_backend(backend, identity, Some(start_block), Added::Leave)
     }
 
     /// The same on any backend: how tests crash it, count its syncs, or keep it in memory.
@@ -256,7 +287,7 @@ impl Store {
         start_block: Option<u64>,
         added: Added,
     ) -> Result<Self, StoreError> {
-        let (mut life, progress) = match read_life(&db)? {
+        let (mut life, progress) = match read_life(&db.begin_read()?)? {
             Some(found) => found,
             None => begin_life(&db, path, &identity, start_block)?,
         };
@@ -379,20 +410,20 @@ impl Store {
                 lanes.discover(*escrow, *block)?;
             }
             let mut log = transaction.open_table(EVENT_LOG)?;
+            let mut log = log::Appender::new(&mut log, progress.next_position);
             let mut digests = transaction.open_table(DIGESTS)?;
             let mut blocks = transaction.open_table(BLOCKS)?;
             let mut events = stretch.events.iter().peekable();
             for block in &stretch.blocks {
                 while let Some(event) = events.next_if(|event| event.block.number <= block.number) {
-                    let entry = lanes.event(event, false)?;
-                    log.insert(progress.next_position, encode(&entry)?.as_slice())?;
+                    log.append(&lanes.event(event, false)?)?;
                     digests.insert((event.block.number, event.log_index), event.digest)?;
-                    progress.next_position += 1;
                 }
-                let remembered = Remembered { hash: block.hash, log_end: progress.next_position };
+                let remembered = Remembered { hash: block.hash, log_end: log.next_position() };
                 blocks.insert(block.number, encode(&remembered)?.as_slice())?;
             }
             assert!(events.next().is_none(), "an event beyond the cursor");
+            progress.next_position = log.finish()?;
             quarantine(&transaction, &stretch.quarantined)?;
             if let Some(from) = stretch.unfinal_from {
                 add_run(&mut transaction.open_table(UNAUDITED)?, from, cursor.number + 1)?;
@@ -453,6 +484,7 @@ impl Store {
                 return Ok(Err(TooMany { messages }));
             }
             let mut dropped = Vec::new();
+            let mut appended = log::Appender::new(&mut log, progress.next_position);
             let mut digests = transaction.open_table(DIGESTS)?;
             for (position, entry, fate) in doomed {
                 digests.remove((entry.block_number, entry.log_index))?;
@@ -463,17 +495,16 @@ impl Store {
                 match fate {
                     Fate::Drop => {
                         lanes.take_back(&entry)?;
-                        log.remove(position)?;
                         dropped.push(position);
                     }
                     Fate::Retract => {
-                        let retraction = lanes.retraction(position, &entry, self.identity.chain_id)?;
-                        log.insert(progress.next_position, encode(&retraction)?.as_slice())?;
-                        progress.next_position += 1;
+                        appended.append(&lanes.retraction(position, &entry, self.identity.chain_id)?)?;
                         withdrawal.retracted += 1;
                     }
                 }
             }
+            progress.next_position = appended.finish()?;
+            log::remove(&mut log, &mut dropped)?;
             withdrawal.dropped = dropped.len();
             acknowledge(&transaction, &mut dropped)?;
             blocks.retain_in(above.., |_, _| false)?;
@@ -525,21 +556,17 @@ impl Store {
         let watermark = read.open_table(MARKS)?.get(WATERMARK)?.map_or(0, |mark| mark.value());
         claims.next = claims.next.max(watermark);
         let mut claimed = Vec::new();
-        let mut rows = 0;
-        for row in log.range(claims.next..end.max(claims.next))?.take(limit) {
-            rows += 1;
-            let (position, value) = row?;
-            let position = position.value();
-            claims.next = position + 1;
-            let done = acknowledged.range(..=position)?.next_back().transpose()?;
-            if done.is_some_and(|(_, end)| position < end.value()) {
-                continue;
+        // Some may have been acknowledged before, some dropped: there is more to look for behind them.
+        while claimed.is_empty() && claims.next < end {
+            let upto = end.min(claims.next.saturating_add(limit as u64));
+            for entry in log::entries(&log, claims.next..upto)? {
+                let (position, entry) = entry?;
+                let run = acknowledged.range(..=position)?.next_back().transpose()?;
+                if run.is_none_or(|(_, end)| end.value() <= position) {
+                    claimed.push(Claimed { position, entry });
+                }
             }
-            claimed.push(Claimed { position, entry: decode("event_log", value.value())? });
-        }
-        if rows < limit {
-            // The last entries may have been dropped: there is nothing left to find below the end.
-            claims.next = claims.next.max(end);
+            claims.next = upto;
         }
         claims.seen_below = claims.seen_below.max(claims.next);
         Ok(claimed)
@@ -552,16 +579,8 @@ impl Store {
     }
 
     /// Records that the sink acknowledged these entries. The watermark follows where they close the gap to it.
-    pub fn acknowledge(&self, mut positions: Vec<u64>) -> Result<(), StoreError> {
-        if positions.is_empty() {
-            return Ok(());
-        }
-        let transaction = self.db.begin_write()?;
-        acknowledge(&transaction, &mut positions)?;
-        transaction.commit()?;
-        self.waiting.fetch_sub(positions.len() as u64, Ordering::AcqRel);
-        self.measure(None);
-        Ok(())
+    pub fn acknowledge(&self, positions: Vec<u64>) -> Result<(), StoreError> {
+        self.settle(positions, &[])
     }
 
     /// Every entry below it is acknowledged.
@@ -572,7 +591,7 @@ impl Store {
 
     /// How many entries the log holds.
     pub fn log_len(&self) -> Result<u64, StoreError> {
-        Ok(self.db.begin_read()?.open_table(EVENT_LOG)?.len()?)
+        log::len(&self.db.begin_read()?.open_table(EVENT_LOG)?)
     }
 }
 

@@ -236,7 +236,7 @@ async fn publish(mut publisher: Publisher<Broker>) {
     loop {
         match publisher.step().await {
             Ok(publish::Step::Progress) => {}
-            Ok(publish::Step::Idle) => publisher.appended().await,
+            Ok(publish::Step::Idle) => publisher.woken().await,
             Ok(publish::Step::Wait(pause)) => tokio::time::sleep(pause.min(PAUSE)).await,
             Err(error) => return assert!(error.to_string().contains("killed"), "publishing ended: {error}"),
         }

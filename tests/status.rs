@@ -274,6 +274,32 @@ async fn a_fork_that_would_withdraw_too_much_makes_it_unready() {
 }
 
 #[tokio::test]
+async fn a_standby_is_ready_says_that_it_stands_by_and_follows_once_the_other_has_ended() {
+    let mut world = World::new().await;
+    let snapshots = world.setup.path("snapshots");
+    std::fs::create_dir(&snapshots).expect("made");
+    world.setup.set("RELAYER_STORAGE__SNAPSHOT_DIR", snapshots.display());
+    world.factory.create_escrow().await;
+    let first_pages = Pages::of(&mut world.setup);
+    let mut first = world.setup.start(&["run"]);
+    first.wait_for_lines(1).await;
+    first_pages.wait_ready().await;
+
+    let mut setup = world.setup.anew();
+    let pages = Pages::of(&mut setup);
+    let mut second = setup.start(&["run"]);
+    second.wait_logged("standing by").await;
+    pages.wait_ready().await;
+    assert_eq!(pages.status().await["phase"], "standby");
+    assert_eq!(pages.get("/healthz").await.code, 200);
+    first.stop().await;
+    let follows = |page: &common::relay::pages::Page| page.json()["phase"] == "following";
+    pages.wait("/status", "following", follows).await;
+    pages.wait_ready().await;
+    second.stop().await;
+}
+
+#[tokio::test]
 async fn while_it_stops_the_probes_are_answered_until_what_is_under_way_is_done() {
     let (mut world, pubsub, pages) = with_pubsub().await;
     world.setup.set("RELAYER_SINK__TIMEOUT", "15s");

@@ -298,6 +298,24 @@ keys! {
         shape: Text, default: Some(r#""relayer.redb""#), plain: None,
         parse: |raw| text(raw).map(PathBuf::from),
     }
+    STORAGE_SNAPSHOT_DIR: PathBuf {
+        path: "storage.snapshot_dir",
+        about: "a folder for snapshots of the store, such as a mounted bucket: \"/snapshots\"",
+        shape: Text, default: None, plain: None,
+        parse: |raw| text(raw).map(PathBuf::from),
+    }
+    STORAGE_SNAPSHOT_INTERVAL: Duration {
+        path: "storage.snapshot_interval",
+        about: "the time between two snapshots, such as \"5m\"",
+        shape: Text, default: Some(r#""5m""#), plain: None,
+        parse: duration,
+    }
+    STORAGE_SNAPSHOT_KEEP: NonZeroUsize {
+        path: "storage.snapshot_keep",
+        about: "how many snapshots are kept, such as 5",
+        shape: Number, default: Some("5"), plain: None,
+        parse: non_zero,
+    }
     LEDGER_MAX_WAITING: NonZeroU64 {
         path: "ledger.max_waiting",
         about: "the most events that may wait to be published before reading pauses, such as 1000000",

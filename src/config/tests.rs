@@ -200,6 +200,9 @@ fn every_key_can_be_set_by_its_variable() {
         ("rpc.timeout", "7s"),
         ("rpc.refusals", "wait = Slow  down, cap = at most # blocks please"),
         ("storage.path", "/data/store.redb"),
+        ("storage.snapshot_dir", "/snapshots"),
+        ("storage.snapshot_interval", "90s"),
+        ("storage.snapshot_keep", "9"),
         ("ledger.max_waiting", "11"),
         ("ledger.retention", "forever"),
         ("audit.sample_interval", "off"),
@@ -242,7 +245,7 @@ fn every_key_can_be_set_by_its_variable() {
 }
 
 #[test]
-fn empty_variables_of_the_plan_and_kubernetes_variables_are_not_ours() {
+fn empty_plain_variables_and_those_of_kubernetes_are_not_ours() {
     let config = Setup::sufficient()
         .environment(&[
             ("PORT", ""),

@@ -96,6 +96,11 @@ impl Decoded<'_> {
         self.signature.child.and_then(|index| self.values[index].as_address()).unwrap_or(log.address)
     }
 
+    /// The event's name.
+    pub fn name(&self) -> &str {
+        &self.signature.abi.name
+    }
+
     /// Whether it announces an escrow.
     pub fn announces(&self) -> bool {
         self.signature.child.is_some()

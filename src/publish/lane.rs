@@ -9,6 +9,7 @@ use alloy::primitives::Address;
 use tokio::time::Instant;
 
 use super::Message;
+use super::orders::Replaying;
 use crate::backoff::Backoff;
 use crate::config::Ordering;
 use crate::store::Entry;
@@ -69,10 +70,20 @@ pub(super) enum Recovered {
     Reached,
 }
 
+/// A message in its lane.
+#[derive(Debug)]
+pub(super) struct Item {
+    /// Its place in the log.
+    pub position: u64,
+    pub message: Arc<Message>,
+    /// It was acknowledged before, and is sent again on request.
+    pub replaying: Option<Replaying>,
+}
+
 /// The messages of a lane from the first unacknowledged on.
 #[derive(Debug, Default)]
 pub(super) struct Lane {
-    queue: VecDeque<(u64, Arc<Message>)>,
+    queue: VecDeque<Item>,
     /// Messages at the front under way now.
     under_way: usize,
     /// Messages at the front that were handed over and may have been stored.
@@ -89,8 +100,8 @@ pub(super) struct Lane {
 }
 
 impl Lane {
-    pub fn push(&mut self, position: u64, message: Arc<Message>) {
-        self.queue.push_back((position, message));
+    pub fn push(&mut self, item: Item) {
+        self.queue.push_back(item);
     }
 
     pub fn len(&self) -> usize {
@@ -99,7 +110,40 @@ impl Lane {
 
     /// The position of the first message.
     pub fn front(&self) -> Option<u64> {
-        self.queue.front().map(|(position, _)| *position)
+        self.queue.front().map(|item| item.position)
+    }
+
+    /// The first message, where nothing of the lane is under way.
+    pub fn resting_front(&self) -> Option<&Item> {
+        self.queue.front().filter(|_| self.under_way == 0)
+    }
+
+    /// Lets go of the first message, which was refused; whether it may have been stored all the same.
+    pub fn give_up_front(&mut self) -> (Option<Item>, bool) {
+        assert_eq!(self.under_way, 0, "what is under way is not given up");
+        let was_outstanding = self.outstanding > 0;
+        self.outstanding -= usize::from(was_outstanding);
+        self.blocked = None;
+        self.paused = false;
+        (self.queue.pop_front(), was_outstanding)
+    }
+
+    /// Takes out what is only sent again; how much of it may be stored by now.
+    pub fn take_replays(&mut self) -> (Vec<Item>, usize) {
+        assert_eq!(self.under_way, 0, "what is under way is not given up");
+        let (mut taken, mut kept, mut stored) = (Vec::new(), VecDeque::new(), 0);
+        for (place, item) in std::mem::take(&mut self.queue).into_iter().enumerate() {
+            match item.replaying.is_some() {
+                true => {
+                    stored += usize::from(place < self.outstanding);
+                    taken.push(item);
+                }
+                false => kept.push_back(item),
+            }
+        }
+        self.queue = kept;
+        self.outstanding -= stored;
+        (taken, stored)
     }
 
     /// Neither under way nor waiting to try again.
@@ -139,13 +183,13 @@ impl Lane {
     /// Takes the first messages, at most `limit` and `bytes` (but at least one).
     pub fn start_run(&mut self, limit: usize, bytes: usize) -> Vec<Arc<Message>> {
         let mut size = 0;
-        let fits = |(_, message): &&(u64, Arc<Message>)| {
-            size += message.size();
+        let fits = |item: &&Item| {
+            size += item.message.size();
             size <= bytes
         };
         let count = self.queue.iter().take(limit).take_while(fits).count();
         let run: Vec<_> =
-            self.queue.iter().take(count.max(1)).map(|(_, message)| Arc::clone(message)).collect();
+            self.queue.iter().take(count.max(1)).map(|item| Arc::clone(&item.message)).collect();
         self.under_way = run.len();
         self.added = run.len().saturating_sub(self.outstanding);
         self.outstanding += self.added;
@@ -153,14 +197,14 @@ impl Lane {
         run
     }
 
-    /// Removes the acknowledged messages; their positions.
-    pub fn finish_run(&mut self, acknowledged: usize) -> Vec<u64> {
+    /// Removes the acknowledged messages.
+    pub fn finish_run(&mut self, acknowledged: usize) -> Vec<Item> {
         assert!(acknowledged <= self.under_way, "more acknowledged than sent");
         self.added = self.added.min(self.under_way - acknowledged);
         self.under_way = 0;
         self.sent_at = None;
         self.outstanding -= acknowledged;
-        self.queue.drain(..acknowledged).map(|(position, _)| position).collect()
+        self.queue.drain(..acknowledged).collect()
     }
 
     /// What trouble is over, if there was any.

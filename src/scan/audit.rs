@@ -23,7 +23,7 @@ use crate::config::{Config, CountCall};
 use crate::event::{
     Addresses, BlockRange, BlockRef, Decoded, Header, Log, Recognised, Role, Signatures, digest,
 };
-use crate::store::{Escrow, EscrowState, LateStretch, Quarantined, Store, StoreError, on_disk};
+use crate::store::{Comparison, Escrow, EscrowState, LateStretch, Quarantined, Store, StoreError, on_disk};
 use crate::telemetry::metrics;
 use crate::vitals::Vitals;
 
@@ -43,7 +43,7 @@ pub struct Auditor<C> {
     signatures: Arc<Signatures>,
     config: Config,
     topics: Arc<[B256]>,
-    budget: DefaultDirectRateLimiter,
+    budget: Budget,
     calls_per_hour: NonZeroU32,
     /// Blocks to ask for at once.
     blocks: Size,
@@ -55,6 +55,26 @@ pub struct Auditor<C> {
     dice: u64,
     pub(super) said: Said,
     vitals: Arc<Vitals>,
+}
+
+/// How many calls reading again may cost.
+struct Budget {
+    limiter: DefaultDirectRateLimiter,
+    at_once: NonZeroU32,
+}
+
+impl Budget {
+    fn new(quota: Quota) -> Self {
+        Self { limiter: RateLimiter::direct(quota), at_once: quota.burst_size() }
+    }
+
+    async fn take(&self, calls: usize) {
+        let mut left = u32::try_from(calls).unwrap_or(u32::MAX);
+        while let Some(part) = NonZeroU32::new(left.min(self.at_once.get())) {
+            self.limiter.until_n_ready(part).await.expect("a part is never larger than the burst");
+            left -= part.get();
+        }
+    }
 }
 
 /// What was said already.
@@ -69,12 +89,12 @@ pub(super) struct Said {
 
 /// What the logs of some blocks say.
 #[derive(Default)]
-struct Found<'a> {
+pub(super) struct Found<'a> {
     /// Events by block and log index, with what they say.
-    events: BTreeMap<(u64, u64), (Log, Decoded<'a>)>,
-    malformed: Vec<Quarantined>,
+    pub events: BTreeMap<(u64, u64), (Log, Decoded<'a>)>,
+    pub malformed: Vec<Quarantined>,
     /// Escrows that are not registered, and the block that announced each.
-    announced: BTreeMap<Address, BlockRef>,
+    pub announced: BTreeMap<Address, BlockRef>,
     /// Escrows registered from a later block only.
     announced_earlier: BTreeMap<Address, BlockRef>,
 }
@@ -88,25 +108,40 @@ impl<C: Chain> Auditor<C> {
         config: &Config,
     ) -> Option<Self> {
         let calls_per_hour = NonZeroU32::new(config.audit.calls_per_hour)?;
+        let mut auditor = Self::paced(chain, store, signatures, config, Quota::per_hour(calls_per_hour));
         // A start is busy enough.
-        let begins_at = Instant::now() + sample_pause(calls_per_hour).min(UNHURRIED);
-        Some(Self {
+        auditor.begins_at = Instant::now() + sample_pause(calls_per_hour).min(UNHURRIED);
+        auditor.calls_per_hour = calls_per_hour;
+        (auditor.sample_at, auditor.count_at) = (auditor.begins_at, auditor.begins_at);
+        Some(auditor)
+    }
+
+    /// One that may make so many calls.
+    pub(super) fn paced(
+        chain: Arc<C>,
+        store: Arc<Store>,
+        signatures: Arc<Signatures>,
+        config: &Config,
+        quota: Quota,
+    ) -> Self {
+        let now = Instant::now();
+        Self {
             chain,
             topics: signatures.topics().into(),
             dice: store.epoch() ^ store.next_block(),
             store,
             signatures,
-            budget: RateLimiter::direct(Quota::per_hour(calls_per_hour)),
-            calls_per_hour,
+            budget: Budget::new(quota),
+            calls_per_hour: NonZeroU32::MIN,
             blocks: Size::new(config.rpc.max_range.get()),
             addresses: config.rpc.max_addresses.get(),
             config: config.clone(),
-            begins_at,
-            sample_at: begins_at,
-            count_at: begins_at,
+            begins_at: now,
+            sample_at: now,
+            count_at: now,
             said: Said::default(),
             vitals: Arc::default(),
-        })
+        }
     }
 
     /// Tells there what it comes to.
@@ -172,6 +207,12 @@ impl<C: Chain> Auditor<C> {
 
     /// Blocks read by hash before, by range now.
     async fn audit_range(&mut self, range: BlockRange) -> Result<(), Trouble> {
+        let harvest = self.read_by_range(range).await?;
+        self.compare(range, harvest, Some(range)).await
+    }
+
+    /// The logs of a range, with the header of its last block.
+    pub(super) async fn read_by_range(&self, range: BlockRange) -> Result<Harvest, Trouble> {
         let mut calls = vec![Call::Header(BlockTag::Number(range.to()))];
         calls.extend(self.log_calls(Span::Range(range)));
         let mut answers = self.ask_our_chain(calls, range.blocks()).await?;
@@ -180,7 +221,26 @@ impl<C: Chain> Auditor<C> {
         for logs in answers {
             harvest.gather(logs.logs(), range, &end)?;
         }
-        self.compare(range, harvest, Some(range)).await
+        Ok(harvest)
+    }
+
+    /// The same block by block, each by its hash.
+    pub(super) async fn read_by_hash(&self, range: BlockRange) -> Result<Harvest, Trouble> {
+        let headers = (range.from()..=range.to()).map(|number| Call::Header(BlockTag::Number(number)));
+        let answers = self.ask_our_chain(headers.collect(), 0).await?;
+        let (mut calls, mut of) = (Vec::new(), Vec::new());
+        for (number, answer) in (range.from()..).zip(answers) {
+            let block = BlockRange::new(number, number).expect("one block");
+            let header = whole(block, answer.header())?;
+            let logs = self.log_calls(Span::Block(header.block.hash));
+            of.extend(std::iter::repeat_n((block, header), logs.len()));
+            calls.extend(logs);
+        }
+        let mut harvest = Harvest::default();
+        for (logs, (block, header)) in self.ask(calls, 1).await?.into_iter().zip(of) {
+            harvest.gather(logs.logs(), block, &header)?;
+        }
+        Ok(harvest)
     }
 
     /// A block drawn by lot, by hash.
@@ -190,15 +250,8 @@ impl<C: Chain> Auditor<C> {
             return Ok(Step::Idle);
         };
         let number = from + self.roll(final_blocks.blocks());
-        let asked = vec![Call::Header(BlockTag::Number(number))];
-        let header = self.ask_our_chain(asked, 0).await?.remove(0).header();
         let block = BlockRange::new(number, number).expect("one block");
-        let header = whole(block, header)?;
-        let mut harvest = Harvest::default();
-        let calls = self.log_calls(Span::Block(header.block.hash));
-        for logs in self.ask(calls, 1).await? {
-            harvest.gather(logs.logs(), block, &header)?;
-        }
+        let harvest = self.read_by_hash(block).await?;
         self.compare(block, harvest, None).await?;
         Ok(Step::Progress)
     }
@@ -220,6 +273,21 @@ impl<C: Chain> Auditor<C> {
         vec![Call::Logs(LogFilter { span, addresses: Addresses::any(), topics: Arc::clone(&self.topics) })]
     }
 
+    /// What was read again, and how it compares with what stands.
+    pub(super) async fn find<'a>(
+        &self,
+        signatures: &'a Signatures,
+        range: BlockRange,
+        harvest: Harvest,
+    ) -> Result<(Found<'a>, Comparison), Trouble> {
+        let found = self.recognise(signatures, harvest).await?;
+        let seen: Vec<((u64, u64), u64)> =
+            found.events.iter().map(|(key, (log, _))| (*key, digest(log))).collect();
+        let malformed = found.malformed.iter().map(|log| (log.block.0, log.log_index)).collect();
+        let comparison = on_disk(&self.store, move |store| store.compare(range, &seen, malformed)).await?;
+        Ok((found, comparison))
+    }
+
     /// `audited`: blocks that are done with this.
     async fn compare(
         &mut self,
@@ -228,11 +296,7 @@ impl<C: Chain> Auditor<C> {
         audited: Option<BlockRange>,
     ) -> Result<(), Trouble> {
         let signatures = Arc::clone(&self.signatures);
-        let found = self.recognise(&signatures, harvest).await?;
-        let seen: Vec<((u64, u64), u64)> =
-            found.events.iter().map(|(key, (log, _))| (*key, digest(log))).collect();
-        let malformed = found.malformed.iter().map(|log| (log.block.0, log.log_index)).collect();
-        let comparison = on_disk(&self.store, move |store| store.compare(range, &seen, malformed)).await?;
+        let (found, comparison) = self.find(&signatures, range, harvest).await?;
         let missed: Vec<&(Log, Decoded<'_>)> =
             comparison.missed.iter().map(|key| &found.events[key]).collect();
         let times = self.confirm(missed.iter().map(|(log, _)| log)).await?;
@@ -315,7 +379,10 @@ impl<C: Chain> Auditor<C> {
     }
 
     /// Sees these logs once more, by the hash of their block, and returns the blocks' times.
-    async fn confirm<'a>(&self, logs: impl Iterator<Item = &'a Log>) -> Result<HashMap<u64, u64>, Trouble> {
+    pub(super) async fn confirm<'a>(
+        &self,
+        logs: impl Iterator<Item = &'a Log>,
+    ) -> Result<HashMap<u64, u64>, Trouble> {
         let mut blocks: BTreeMap<BlockKey, Vec<&Log>> = BTreeMap::new();
         logs.for_each(|log| blocks.entry((log.block.number, log.block.hash)).or_default().push(log));
         let mut times = HashMap::new();
@@ -341,10 +408,7 @@ impl<C: Chain> Auditor<C> {
 
     /// Asks another provider where there is one, once. `blocks`: how many blocks' logs are asked for.
     async fn ask(&self, calls: Vec<Call>, blocks: u64) -> Result<Vec<Answer>, Trouble> {
-        let count = u32::try_from(calls.len()).unwrap_or(u32::MAX).min(self.calls_per_hour.get());
-        if let Some(count) = NonZeroU32::new(count) {
-            self.budget.until_n_ready(count).await.expect("no more than an hour's calls");
-        }
+        self.budget.take(calls.len()).await;
         let answered = match self.chain.ask_another(calls.clone()).await {
             Some(answered) => answered,
             None => self.chain.ask_once(calls).await,

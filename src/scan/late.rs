@@ -285,7 +285,7 @@ impl<C: Chain> Scanner<C> {
     ) -> Recognised<'a> {
         let (address, block) = (&log.address, log.block.number);
         if *address == self.factory {
-            match pass.added.recognise(Role::Announcement, log) {
+            match self.recognise_added(pass, Role::Announcement, log) {
                 Recognised::Unknown => {}
                 known => return known,
             }
@@ -301,9 +301,21 @@ impl<C: Chain> Scanner<C> {
                 recognised => recognised,
             }
         } else if since.is_some_and(|since| block >= since) {
-            pass.added.recognise(Role::Lifecycle, log)
+            self.recognise_added(pass, Role::Lifecycle, log)
         } else {
             Recognised::Unknown
+        }
+    }
+
+    /// By an added signature. One that shares its topic0 with another does not make that one's events odd: they were read.
+    fn recognise_added<'a>(&'a self, pass: &'a Pass, role: Role, log: &Log) -> Recognised<'a> {
+        match pass.added.recognise(role, log) {
+            Recognised::Malformed(_)
+                if matches!(self.signatures.recognise(role, log), Recognised::Known(_)) =>
+            {
+                Recognised::Unknown
+            }
+            recognised => recognised,
         }
     }
 }

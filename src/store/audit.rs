@@ -11,10 +11,10 @@ use super::lanes::Lanes;
 use super::late::{LateStretch, append, load, put_late};
 use super::runs::take_run;
 use super::schema::{
-    BLOCKS, COUNTS_FROM, DIGESTS, DIGESTS_FROM, EVENT_LOG, Entry, EscrowState, Kind, LATE_READS, LateRead,
-    MARKS, QUARANTINE, REGISTRY, Remembered, UNAUDITED, decode,
+    BLOCKS, COUNTS_FROM, DIGESTS, DIGESTS_FROM, EVENT_LOG, EscrowState, Kind, LATE_READS, LateRead, MARKS,
+    QUARANTINE, REGISTRY, Remembered, UNAUDITED, decode,
 };
-use super::{Escrow, Store, StoreError, lock, write_progress};
+use super::{Escrow, Store, StoreError, lock, log, write_progress};
 use crate::event::{BlockRange, BlockRef};
 
 /// Block and log index: which log of the chain.
@@ -179,10 +179,9 @@ impl Store {
             whole.map(|(address, _)| (*address, BTreeMap::new())).collect();
         let read = self.db.begin_read()?;
         let mut first = None;
-        for row in read.open_table(EVENT_LOG)?.iter()? {
-            let (position, value) = row?;
-            let first = *first.get_or_insert(position.value());
-            let entry: Entry = decode("event_log", value.value())?;
+        for entry in log::entries(&read.open_table(EVENT_LOG)?, 0..u64::MAX)? {
+            let (position, entry) = entry?;
+            let first = *first.get_or_insert(position);
             if entry.block_number > last || entry.announces {
                 continue;
             }

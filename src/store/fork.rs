@@ -4,8 +4,8 @@ use std::collections::HashSet;
 
 use redb::{ReadableTable, Table};
 
-use super::StoreError;
 use super::schema::{Entry, Kind, Remembered, decode};
+use super::{StoreError, log};
 use crate::event::BlockRef;
 
 /// Keeps the hashes of unfinal blocks, and of the newest final one: every fork begins at or after it.
@@ -53,7 +53,7 @@ pub(super) enum Fate {
 
 /// The events of blocks from `above` on that are still standing, newest first, and what becomes of each.
 pub(super) fn doomed(
-    log: &Table<'_, u64, &'static [u8]>,
+    table: &Table<'_, u64, &'static [u8]>,
     log_end: u64,
     above: u64,
     seen_below: u64,
@@ -62,10 +62,8 @@ pub(super) fn doomed(
     let mut retracted = HashSet::new();
     // Lanes with an entry that stays: what lies before it keeps its number, so it cannot be dropped.
     let mut kept = HashSet::new();
-    for row in log.range(log_end..)?.rev() {
-        let (position, value) = row?;
-        let position = position.value();
-        let entry: Entry = decode("event_log", value.value())?;
+    for entry in log::entries(table, log_end..u64::MAX)?.rev() {
+        let (position, entry) = entry?;
         match entry.kind {
             Kind::Retraction { of } => {
                 retracted.insert(of);

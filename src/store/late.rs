@@ -7,14 +7,14 @@
 use std::collections::{BTreeMap, HashMap};
 
 use alloy::primitives::{Address, B256};
-use redb::{Database, ReadableDatabase, ReadableTable, Table, WriteTransaction};
+use redb::{Database, ReadableDatabase, ReadableTable, ReadableTableMetadata, Table, WriteTransaction};
 
 use super::lanes::Lanes;
 use super::schema::{
-    COUNTS_FROM, DIGESTS, EVENT_LOG, Entry, Escrow, IDENTITY, Identity, LATE_READS, LateRead, Life, MARKS,
-    META, Progress, Quarantined, REGISTRY, decode, encode,
+    COUNTS_FROM, DIGESTS, EVENT_LOG, Escrow, IDENTITY, Identity, LATE_READS, LateRead, Life, MARKS, META,
+    Progress, QUARANTINE, Quarantined, REGISTRY, decode, encode,
 };
-use super::{Store, StoreError, lock, quarantine, write_progress};
+use super::{Store, StoreError, lock, log, quarantine, write_progress};
 use crate::event::{BlockRef, Event};
 
 /// What to do about signatures the configuration has and the store has not.
@@ -102,6 +102,7 @@ pub(super) fn put_late(
         lanes.announce_earlier(*escrow, *block, id)?;
     }
     let mut log = transaction.open_table(EVENT_LOG)?;
+    let mut log = log::Appender::new(&mut log, progress.next_position);
     let mut digests = transaction.open_table(DIGESTS)?;
     let before = progress.next_position;
     for event in &stretch.events {
@@ -110,10 +111,17 @@ pub(super) fn put_late(
             continue;
         }
         digests.insert(key, event.digest)?;
-        let entry = lanes.event(event, true)?;
-        log.insert(progress.next_position, encode(&entry)?.as_slice())?;
-        progress.next_position += 1;
+        log.append(&lanes.event(event, true)?)?;
     }
+    progress.next_position = log.finish()?;
+    let mut odd = transaction.open_table(QUARANTINE)?;
+    if !odd.is_empty()? {
+        // What decodes by now is odd no more.
+        for event in &stretch.events {
+            odd.remove((event.block.number, event.log_index))?;
+        }
+    }
+    drop(odd);
     quarantine(transaction, &stretch.quarantined)?;
     Ok((progress.next_position - before) as usize)
 }
@@ -208,12 +216,31 @@ impl Store {
     }
 
     /// Registers escrows whose events count from block `from` on, which must not lie beyond the next block to read. Their
-    /// history up to there is read before they are watched.
+    /// history up to there is read before they are watched. For a store that nobody reads into meanwhile.
     pub fn import(&self, escrows: &[Address], from: u64) -> Result<Imported, StoreError> {
+        let imported = self.register(escrows, from, true)?;
+        Ok(imported.unwrap_or_else(|| panic!("block {from} was not reached")))
+    }
+
+    /// The same beside a scanner: only between two of its steps may an escrow come to be watched, so the late read does that
+    /// also where there is no history. `None`: a fork has just taken the store back below `from`.
+    pub fn import_beside(&self, escrows: &[Address], from: u64) -> Result<Option<Imported>, StoreError> {
+        self.register(escrows, from, false)
+    }
+
+    fn register(
+        &self,
+        escrows: &[Address],
+        from: u64,
+        nobody_reads: bool,
+    ) -> Result<Option<Imported>, StoreError> {
         let _writing = lock(&self.writer);
         let progress = lock(&self.progress).clone();
         let next_block = next_block(&progress);
-        assert!(from <= next_block, "block {from} was not reached");
+        if from > next_block {
+            return Ok(None);
+        }
+        let at_once = nobody_reads && from == next_block;
         let block = BlockRef { number: from, hash: B256::ZERO };
         let transaction = self.db.begin_write()?;
         let mut new = 0;
@@ -224,12 +251,12 @@ impl Store {
             for escrow in escrows {
                 if lanes.join(*escrow, block, id)? {
                     new += 1;
-                    if from == next_block {
+                    if at_once {
                         lanes.joined(*escrow)?;
                     }
                 }
             }
-            if new == 0 || from == next_block {
+            if new == 0 || at_once {
                 transaction.open_table(LATE_READS)?.remove(id)?;
             }
             lanes.close()?
@@ -237,7 +264,7 @@ impl Store {
         transaction.commit()?;
         *lock(&self.late_reads) = load(&self.db)?;
         self.moved(progress, changed, 0);
-        Ok(Imported { new, known: escrows.len() - new })
+        Ok(Some(Imported { new, known: escrows.len() - new }))
     }
 
     /// The registry's rows of these escrows.
@@ -258,8 +285,8 @@ impl Store {
         let read = self.db.begin_read()?;
         let mut recent = Vec::new();
         // Each may have many events: a bounded look back has to do.
-        for row in read.open_table(EVENT_LOG)?.iter()?.rev().take(20 * limit) {
-            let entry: Entry = decode("event_log", row?.1.value())?;
+        for entry in log::entries(&read.open_table(EVENT_LOG)?, 0..u64::MAX)?.rev().take(20 * limit) {
+            let (_, entry) = entry?;
             if recent.len() < limit && !recent.contains(&entry.escrow) {
                 recent.push(entry.escrow);
             }

@@ -5,14 +5,16 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, StorageError, WriteTransaction};
+use redb::{
+    Database, DatabaseError, ReadTransaction, ReadableDatabase, ReadableTable, StorageError, WriteTransaction,
+};
 
 use super::schema::{
-    ACKNOWLEDGED, BLOCKS, DIGESTS, DIGESTS_FROM, EVENT_LOG, Entry, IDENTITY, Identity, Kind, LATE_READS,
+    ACKNOWLEDGED, BLOCKED, BLOCKS, DIGESTS, DIGESTS_FROM, EVENT_LOG, IDENTITY, Identity, Kind, LATE_READS,
     Life, MARKS, META, PROGRESS, PRUNED_BLOCK, Progress, QUARANTINE, REGISTRY, SCHEMA, UNAUDITED, WATERMARK,
     decode, encode,
 };
-use super::{StoreError, write_progress};
+use super::{StoreError, log, write_progress};
 
 /// Memory redb may use for pages, in bytes; its own default is 1 GiB.
 const CACHE_BYTES: usize = 64 << 20;
@@ -56,28 +58,38 @@ pub(super) fn create(
     if start_block.is_none() {
         return Err(StoreError::NoStartBlock { path: path.to_owned() });
     }
-    let mut unfinished = path.as_os_str().to_owned();
-    unfinished.push(".new");
-    let unfinished = PathBuf::from(unfinished);
-    let failed = |source| open_error(path, DatabaseError::Storage(StorageError::Io(source)));
+    let unfinished = unfinished(path);
     let db = match builder().create(&unfinished).map_err(|error| open_error(path, error)) {
-        Ok(db) if read_life(&db)?.is_none() => db,
+        Ok(db) if read_life(&db.begin_read()?)?.is_none() => db,
         // What a crash left; nothing was ever published from it.
         Ok(_) | Err(StoreError::Damaged { .. }) => {
+            let failed = |source| open_error(path, DatabaseError::Storage(StorageError::Io(source)));
             fs::remove_file(&unfinished).map_err(failed)?;
             builder().create(&unfinished).map_err(|error| open_error(path, error))?
         }
         Err(error) => return Err(error),
     };
     begin_life(&db, path, identity, start_block)?;
-    fs::rename(&unfinished, path).map_err(failed)?;
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
-    File::open(folder.unwrap_or(Path::new("."))).and_then(|folder| folder.sync_all()).map_err(failed)?;
+    put_in_place(path)?;
     Ok(db)
 }
 
-pub(super) fn read_life(db: &Database) -> Result<Option<(Life, Progress)>, StoreError> {
-    let read = db.begin_read()?;
+/// The name a store has until it is whole.
+pub(super) fn unfinished(path: &Path) -> PathBuf {
+    let mut unfinished = path.as_os_str().to_owned();
+    unfinished.push(".new");
+    PathBuf::from(unfinished)
+}
+
+/// Gives a store that is whole its name, for good.
+pub(super) fn put_in_place(path: &Path) -> Result<(), StoreError> {
+    let failed = |source| open_error(path, DatabaseError::Storage(StorageError::Io(source)));
+    fs::rename(unfinished(path), path).map_err(failed)?;
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    File::open(folder.unwrap_or(Path::new("."))).and_then(|folder| folder.sync_all()).map_err(failed)
+}
+
+pub(super) fn read_life(read: &ReadTransaction) -> Result<Option<(Life, Progress)>, StoreError> {
     let meta = match read.open_table(META) {
         Ok(meta) => meta,
         Err(redb::TableError::TableDoesNotExist(_)) => {
@@ -117,6 +129,7 @@ pub(super) fn begin_life(
         transaction.open_table(LATE_READS)?;
         transaction.open_table(DIGESTS)?;
         transaction.open_table(UNAUDITED)?;
+        transaction.open_table(BLOCKED)?;
         write_progress(&transaction, &progress)?;
     }
     transaction.commit()?;
@@ -131,8 +144,8 @@ pub(super) fn now_micros() -> u64 {
 pub(super) fn migrate(db: &Database, life: &mut Life) -> Result<(), StoreError> {
     match life.schema {
         SCHEMA => return Ok(()),
-        // Each layout only adds tables to the one before.
-        1 | 2 => life.schema = SCHEMA,
+        // Each layout only adds to the one before.
+        1..SCHEMA => {}
         newer => {
             return Err(StoreError::Damaged {
                 what: format!("it has layout version {newer}, this program knows {SCHEMA}"),
@@ -142,7 +155,11 @@ pub(super) fn migrate(db: &Database, life: &mut Life) -> Result<(), StoreError> 
     let transaction = db.begin_write()?;
     transaction.open_table(LATE_READS)?;
     transaction.open_table(UNAUDITED)?;
-    digest_log(&transaction)?;
+    transaction.open_table(BLOCKED)?;
+    if life.schema < 3 {
+        digest_log(&transaction)?;
+    }
+    life.schema = SCHEMA;
     transaction.open_table(META)?.insert(IDENTITY, encode(life)?.as_slice())?;
     transaction.commit()?;
     Ok(())
@@ -152,8 +169,8 @@ pub(super) fn migrate(db: &Database, life: &mut Life) -> Result<(), StoreError> 
 fn digest_log(transaction: &WriteTransaction) -> Result<(), StoreError> {
     let mut digests = transaction.open_table(DIGESTS)?;
     let log = transaction.open_table(EVENT_LOG)?;
-    for row in log.iter()? {
-        let entry: Entry = decode("event_log", row?.1.value())?;
+    for entry in log::entries(&log, 0..u64::MAX)? {
+        let (_, entry) = entry?;
         let key = (entry.block_number, entry.log_index);
         match entry.kind {
             Kind::Event => digests.insert(key, 0)?,
@@ -164,6 +181,12 @@ fn digest_log(transaction: &WriteTransaction) -> Result<(), StoreError> {
     let pruned = marks.get(PRUNED_BLOCK)?.map(|mark| mark.value());
     marks.insert(DIGESTS_FROM, pruned.map_or(0, |block| block + 1))?;
     Ok(())
+}
+
+/// Whether what a store was made for, `stored`, is what is asked of it now, events that were added aside; an error names what
+/// differs.
+pub fn fits(path: &Path, stored: &Identity, asked: &Identity) -> Result<(), StoreError> {
+    compare(path, stored, asked).map(drop)
 }
 
 /// What the store was made for against what is asked of it now. The signatures that were added; anything else that

@@ -3,8 +3,8 @@
 use redb::{ReadableDatabase, ReadableTable};
 
 use super::opening::now_micros;
-use super::schema::{EVENT_LOG, Entry, MARKS, PRUNED_BLOCK, WATERMARK, decode};
-use super::{Store, StoreError, lock};
+use super::schema::{EVENT_LOG, MARKS, PRUNED_BLOCK, WATERMARK};
+use super::{Store, StoreError, lock, log};
 
 impl Store {
     /// Removes the oldest entries, at most `limit`, as far as they are acknowledged, final, and older than `retention`
@@ -23,9 +23,8 @@ impl Store {
         let watermark = read.open_table(MARKS)?.get(WATERMARK)?.map_or(0, |mark| mark.value());
         let (mut end, mut count, mut newest_block, mut newest_seen) = (None, 0, 0, 0);
         let mut looked_at = 0;
-        for row in read.open_table(EVENT_LOG)?.range(..watermark.min(claimed))?.take(limit) {
-            let (position, value) = row?;
-            let entry: Entry = decode("event_log", value.value())?;
+        for entry in log::entries(&read.open_table(EVENT_LOG)?, 0..watermark.min(claimed))?.take(limit) {
+            let (position, entry) = entry?;
             if entry.block_number > finalized {
                 break;
             }
@@ -33,7 +32,7 @@ impl Store {
             newest_seen = newest_seen.max(entry.block_number);
             // One that seems young was stored before those after it: the clock was ahead then.
             if entry.stored_at <= stored_before {
-                (end, count, newest_block) = (Some(position.value() + 1), looked_at, newest_seen);
+                (end, count, newest_block) = (Some(position + 1), looked_at, newest_seen);
             }
         }
         drop(read);
@@ -41,7 +40,7 @@ impl Store {
             return Ok(0);
         };
         let transaction = self.db.begin_write()?;
-        transaction.open_table(EVENT_LOG)?.retain_in(..end, |_, _| false)?;
+        log::remove_below(&mut transaction.open_table(EVENT_LOG)?, end)?;
         {
             let mut marks = transaction.open_table(MARKS)?;
             let before = marks.get(PRUNED_BLOCK)?.map_or(0, |mark| mark.value());

@@ -12,7 +12,7 @@ use crate::event::{Attributes, event_id, retraction_id};
 
 /// Address → [`Escrow`].
 pub(super) const REGISTRY: TableDefinition<&[u8; 20], &[u8]> = TableDefinition::new("registry");
-/// Position → [`Entry`], append-only: outbox, memory for retraction, recent ledger.
+/// Position → a row of entries ([`log`](super::log)), append-only: outbox, memory for retraction, recent ledger.
 pub(super) const EVENT_LOG: TableDefinition<u64, &[u8]> = TableDefinition::new("event_log");
 /// Unfinal (and the newest final) accepted block → [`Remembered`].
 pub(super) const BLOCKS: TableDefinition<u64, &[u8]> = TableDefinition::new("blocks");
@@ -27,6 +27,8 @@ pub(super) const LATE_READS: TableDefinition<u64, &[u8]> = TableDefinition::new(
 pub(super) const DIGESTS: TableDefinition<(u64, u64), u64> = TableDefinition::new("digests");
 /// First block → one past the last, of runs of blocks that were read while they could leave the chain, and not again since.
 pub(super) const UNAUDITED: TableDefinition<u64, u64> = TableDefinition::new("unaudited");
+/// Position → [`Refusal`], of the first message of each blocked lane.
+pub(super) const BLOCKED: TableDefinition<u64, &[u8]> = TableDefinition::new("blocked");
 /// Name → value: [`IDENTITY`] and [`PROGRESS`].
 pub(super) const META: TableDefinition<&str, &[u8]> = TableDefinition::new("meta");
 
@@ -45,9 +47,10 @@ pub(super) const COUNTS_FROM: &str = "counts from ";
 pub(super) const DIGESTS_FROM: &str = "digests_from";
 
 /// Version of this layout. 1 had no [`LATE_READS`] and no escrow that was [`EscrowState::Joining`]; 2 had no [`DIGESTS`], no
-/// [`UNAUDITED`], no escrow that was [`EscrowState::Archived`], and wider rows of escrows, which are still read.
-pub(super) const SCHEMA: u32 = 3;
-const VALUE_VERSION: u8 = 1;
+/// [`UNAUDITED`], no escrow that was [`EscrowState::Archived`], and wider rows of escrows, which are still read; 3 had a row in
+/// [`EVENT_LOG`] for each entry, which is still read, too, and no [`BLOCKED`].
+pub(super) const SCHEMA: u32 = 4;
+pub(super) const VALUE_VERSION: u8 = 1;
 const COMPACT_VERSION: u8 = 2;
 /// No value is larger: what a damaged length may make us allocate, in bytes.
 const VALUE_LIMIT: usize = 256 << 20;
@@ -278,15 +281,26 @@ pub struct Quarantined {
     pub reason: String,
 }
 
+/// Why a message is refused, and since when.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refusal {
+    /// The lane that waits for it.
+    pub lane: String,
+    /// What the sink said last.
+    pub reason: String,
+    /// When it was refused first, in seconds since 1970.
+    pub since: u64,
+}
+
 fn config() -> impl bincode::config::Config {
     bincode::config::legacy().with_limit::<VALUE_LIMIT>()
 }
 
-fn compact() -> impl bincode::config::Config {
+pub(super) fn compact() -> impl bincode::config::Config {
     bincode::config::standard().with_limit::<VALUE_LIMIT>()
 }
 
-fn encode_into<T: Serialize>(
+pub(super) fn encode_into<T: Serialize>(
     value: &T,
     bytes: &mut Vec<u8>,
     config: impl bincode::config::Config,
@@ -304,7 +318,7 @@ pub(super) fn encode<T: Serialize>(value: &T) -> Result<Vec<u8>, StoreError> {
     Ok(bytes)
 }
 
-fn damaged(table: &str, what: String) -> StoreError {
+pub(super) fn damaged(table: &str, what: String) -> StoreError {
     StoreError::Damaged { what: format!("table {table}: {what}") }
 }
 
@@ -317,7 +331,7 @@ pub(super) fn decode<T: for<'de> Deserialize<'de>>(table: &str, bytes: &[u8]) ->
     decode_rest(table, rest, config())
 }
 
-fn decode_rest<T: for<'de> Deserialize<'de>>(
+pub(super) fn decode_rest<T: for<'de> Deserialize<'de>>(
     table: &str,
     rest: &[u8],
     config: impl bincode::config::Config,

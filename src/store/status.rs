@@ -1,9 +1,9 @@
 //! What a status shows of the store: cheap to ask for, however much it holds.
 
-use redb::{ReadableDatabase, ReadableTable, ReadableTableMetadata};
+use redb::{ReadableDatabase, ReadableTableMetadata};
 
-use super::schema::{ACKNOWLEDGED, EVENT_LOG, Entry, LateRead, MARKS, QUARANTINE, WATERMARK, decode};
-use super::{Store, StoreError, lock};
+use super::schema::{ACKNOWLEDGED, EVENT_LOG, Entry, LateRead, MARKS, QUARANTINE, WATERMARK};
+use super::{Store, StoreError, lock, log};
 
 /// Entries looked through for the oldest that waits, at most.
 const LOOKED_THROUGH: usize = 5_000;
@@ -19,13 +19,13 @@ impl Store {
         let read = self.db.begin_read()?;
         let acknowledged = read.open_table(ACKNOWLEDGED)?;
         let watermark = read.open_table(MARKS)?.get(WATERMARK)?.map_or(0, |mark| mark.value());
-        for row in read.open_table(EVENT_LOG)?.range(watermark..)?.take(LOOKED_THROUGH) {
-            let (position, value) = row?;
-            let run = acknowledged.range(..=position.value())?.next_back().transpose()?;
-            if run.is_some_and(|(_, end)| position.value() < end.value()) {
+        let log = read.open_table(EVENT_LOG)?;
+        for entry in log::entries(&log, watermark..u64::MAX)?.take(LOOKED_THROUGH) {
+            let (position, entry) = entry?;
+            let run = acknowledged.range(..=position)?.next_back().transpose()?;
+            if run.is_some_and(|(_, end)| position < end.value()) {
                 continue;
             }
-            let entry: Entry = decode("event_log", value.value())?;
             if !left_out(&entry) {
                 return Ok(Some(entry));
             }
@@ -36,11 +36,8 @@ impl Store {
     /// The last entries, at most `limit`, the newest first.
     pub fn newest(&self, limit: usize) -> Result<Vec<Entry>, StoreError> {
         let read = self.db.begin_read()?;
-        let mut newest = Vec::new();
-        for row in read.open_table(EVENT_LOG)?.iter()?.rev().take(limit) {
-            newest.push(decode("event_log", row?.1.value())?);
-        }
-        Ok(newest)
+        let log = read.open_table(EVENT_LOG)?;
+        log::entries(&log, 0..u64::MAX)?.rev().take(limit).map(|entry| Ok(entry?.1)).collect()
     }
 
     /// How many logs that did not decode are kept.

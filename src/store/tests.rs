@@ -1,5 +1,6 @@
 mod clock;
 mod crash;
+mod rows;
 mod status;
 mod values;
 
@@ -13,7 +14,7 @@ use redb::backends::InMemoryBackend;
 use super::*;
 use crate::event::{BlockRange, Log, Recognised, Role, Signatures, event_id};
 
-fn identity() -> Identity {
+pub(crate) fn identity() -> Identity {
     Identity {
         chain_id: 1,
         factory: Address::repeat_byte(0xFA),
@@ -23,16 +24,16 @@ fn identity() -> Identity {
     }
 }
 
-fn memory() -> Store {
+pub(crate) fn memory() -> Store {
     Store::open_backend(InMemoryBackend::new(), identity(), Some(1), Added::Read).unwrap()
 }
 
-fn escrow(number: u8) -> Address {
+pub(crate) fn escrow(number: u8) -> Address {
     Address::repeat_byte(number)
 }
 
 /// A block of fork `fork`: forks differ in their hashes.
-fn block(number: u64, fork: u8) -> BlockRef {
+pub(crate) fn block(number: u64, fork: u8) -> BlockRef {
     let mut hash = B256::repeat_byte(fork);
     hash[..8].copy_from_slice(&number.to_be_bytes());
     BlockRef { number, hash }
@@ -49,7 +50,7 @@ fn signatures() -> Signatures {
     .unwrap()
 }
 
-fn event(of: Address, block: BlockRef, log_index: u64, announces: bool) -> Event {
+pub(crate) fn event(of: Address, block: BlockRef, log_index: u64, announces: bool) -> Event {
     let (role, signature, address) = match announces {
         true => (Role::Announcement, "EscrowDeployed(address)", identity().factory),
         false => (Role::Lifecycle, "Approved(address)", of),
@@ -70,7 +71,7 @@ fn event(of: Address, block: BlockRef, log_index: u64, announces: bool) -> Event
     }
 }
 
-fn stretch(block: BlockRef, announced: &[u8], approved: &[u8]) -> Stretch {
+pub(crate) fn stretch(block: BlockRef, announced: &[u8], approved: &[u8]) -> Stretch {
     let mut events = Vec::new();
     for number in announced {
         events.push(event(escrow(*number), block, events.len() as u64, true));

@@ -40,6 +40,13 @@ pub const ALL: &[(&str, Kind, &str)] = &[
     ),
     ("relayer_audit_event_counts_total", Kind::Counter, "Escrows that count other events than were relayed."),
     ("relayer_pruned_entries_total", Kind::Counter, "Published and final messages removed from the store."),
+    ("relayer_snapshots_total", Kind::Counter, "Snapshots of the store that were made."),
+    ("relayer_snapshot_failures_total", Kind::Counter, "Snapshots that could not be made."),
+    (
+        "relayer_snapshot_timestamp_seconds",
+        Kind::Gauge,
+        "When this process made its last snapshot, seconds since 1970.",
+    ),
     ("relayer_escrows", Kind::Gauge, "Escrows that are watched."),
     ("relayer_waiting_events", Kind::Gauge, "Events stored and not acknowledged."),
     ("relayer_published_events_total", Kind::Counter, "Events acknowledged by the sink."),
@@ -102,6 +109,8 @@ pub fn install() -> Option<PrometheusHandle> {
         "relayer_audit_extra_events_total",
         "relayer_audit_event_counts_total",
         "relayer_pruned_entries_total",
+        "relayer_snapshots_total",
+        "relayer_snapshot_failures_total",
         "relayer_published_events_total",
     ] {
         counter!(name).increment(0);
@@ -112,6 +121,7 @@ pub fn install() -> Option<PrometheusHandle> {
         "relayer_provider_in_use",
         "relayer_retractions_stopped",
         "relayer_audit_escrow_count_differs",
+        "relayer_snapshot_timestamp_seconds",
     ] {
         gauge!(name).set(0.0);
     }
@@ -182,6 +192,18 @@ pub fn event_count_differs() {
 /// Entries were pruned.
 pub fn pruned(entries: usize) {
     counter!("relayer_pruned_entries_total").increment(entries as u64);
+}
+
+/// A snapshot was made.
+pub fn snapshot_made() {
+    counter!("relayer_snapshots_total").increment(1);
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    gauge!("relayer_snapshot_timestamp_seconds").set(now.as_secs_f64());
+}
+
+/// A snapshot could not be made.
+pub fn snapshot_failed() {
+    counter!("relayer_snapshot_failures_total").increment(1);
 }
 
 /// Logs did not decode.

@@ -6,13 +6,16 @@ use super::*;
 fn store_at(store: &Store, times: &[u64]) {
     let transaction = store.db.begin_write().unwrap();
     {
-        let mut log = transaction.open_table(EVENT_LOG).unwrap();
-        for (position, time) in (0..).zip(times) {
-            let row = log.get(position).unwrap().unwrap().value().to_vec();
-            let entry: Entry = decode("event_log", &row).unwrap();
-            let bytes = encode(&Entry { stored_at: *time, ..entry }).unwrap();
-            log.insert(position, bytes.as_slice()).unwrap();
+        let mut table = transaction.open_table(EVENT_LOG).unwrap();
+        let entries: Vec<Entry> =
+            log::entries(&table, 0..u64::MAX).unwrap().map(|entry| entry.unwrap().1).collect();
+        assert_eq!(entries.len(), times.len());
+        log::remove_below(&mut table, u64::MAX).unwrap();
+        let mut log = log::Appender::new(&mut table, 0);
+        for (entry, time) in entries.into_iter().zip(times) {
+            log.append(&Entry { stored_at: *time, ..entry }).unwrap();
         }
+        log.finish().unwrap();
     }
     transaction.commit().unwrap();
 }

@@ -213,10 +213,9 @@ fn rows(store: &Store) -> BTreeMap<String, Vec<String>> {
     names.sort();
     let mut put = |name: &str, rows: Vec<String>| tables.insert(name.to_owned(), rows);
     let log = read.open_table(EVENT_LOG).unwrap();
-    let entries = log.iter().unwrap().map(|row| {
-        let (position, value) = row.unwrap();
-        let entry: Entry = decode("event_log", value.value()).unwrap();
-        format!("{} {:?}", position.value(), Entry { epoch: 0, stored_at: 0, ..entry })
+    let entries = log::entries(&log, 0..u64::MAX).unwrap().map(|entry| {
+        let (position, entry) = entry.unwrap();
+        format!("{position} {:?}", Entry { epoch: 0, stored_at: 0, ..entry })
     });
     put("event_log", entries.collect());
     put("registry", store.escrows().unwrap().iter().map(|row| format!("{row:?}")).collect());
@@ -248,10 +247,9 @@ fn assert_sound(store: &Store) {
     let mut last: HashMap<Address, u64> = HashMap::new();
     // Of what was pruned only the end is known.
     let whole = log.first().unwrap().is_none_or(|(position, _)| position.value() == 0);
-    for row in log.iter().unwrap() {
-        let (position, value) = row.unwrap();
-        assert!(position.value() < next_position, "a position not given out");
-        let entry: Entry = decode("event_log", value.value()).unwrap();
+    for entry in log::entries(&log, 0..u64::MAX).unwrap() {
+        let (position, entry) = entry.unwrap();
+        assert!(position < next_position, "a position not given out");
         let before = last.insert(entry.escrow, entry.sequence).or((!whole).then(|| entry.sequence - 1));
         assert_eq!(entry.sequence, before.unwrap_or(0) + 1, "sequence of {}", entry.escrow);
     }
@@ -263,8 +261,8 @@ fn assert_sound(store: &Store) {
     }
     if whole {
         let mut standing: BTreeSet<(u64, u64)> = BTreeSet::new();
-        for row in log.iter().unwrap() {
-            let entry: Entry = decode("event_log", row.unwrap().1.value()).unwrap();
+        for entry in log::entries(&log, 0..u64::MAX).unwrap() {
+            let (_, entry) = entry.unwrap();
             let key = (entry.block_number, entry.log_index);
             match entry.kind {
                 Kind::Event => assert!(standing.insert(key), "{key:?} twice"),

@@ -1,0 +1,188 @@
+//! The operator's commands, one file each. They work beside a running relayer, through the socket next to its store, and
+//! on the store's file where none runs.
+
+pub(crate) mod escrows;
+pub(crate) mod outbox;
+pub(crate) mod replay;
+pub(crate) mod status;
+pub(crate) mod verify;
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::anyhow;
+use relayer::config::Config;
+use relayer::control::{self, Answer, Answers, Desk, Refusal, Request};
+use relayer::store::{Added, Store, StoreError};
+use serde::de::DeserializeOwned;
+use tokio::time::{Instant, sleep};
+
+use crate::{CONFIGURATION, FAULT, Failure};
+
+/// How long is waited for whoever has the store to open its socket, or to end: a relayer that starts or stops, another
+/// command.
+const WITHIN: Duration = Duration::from_secs(5);
+const PAUSE: Duration = Duration::from_millis(50);
+
+/// What to do where there is no store yet.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Missing {
+    /// Say so.
+    Refuse,
+    /// Make it.
+    Make,
+    /// Take one that is forgotten afterwards.
+    Pretend,
+}
+
+/// Who answers.
+pub(crate) enum Office {
+    /// This process, which has the store open.
+    Here(Arc<Desk>),
+    /// The relayer that runs.
+    Beside(Config),
+}
+
+impl Office {
+    /// Finds out who has the store. Whoever has its lock answers: so it is tried first, and a relayer that runs is asked only
+    /// if it has it.
+    pub(crate) async fn find(config: &Config, missing: Missing) -> Result<Self, Failure> {
+        let path = &config.storage.path;
+        let deadline = Instant::now() + WITHIN;
+        let unreached = loop {
+            match open(config, missing) {
+                Ok(desk) => return Ok(Self::Here(Arc::new(desk))),
+                Err(Opening::Failed(failure)) => return Err(failure),
+                Err(Opening::Locked) => {}
+            }
+            match control::connect(path).await {
+                // Each request has a connection of its own: this one only shows that somebody is there.
+                Ok(_) => return Ok(Self::Beside(config.clone())),
+                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => break error,
+                Err(error) if Instant::now() >= deadline => break error,
+                Err(_) => sleep(PAUSE).await,
+            }
+        };
+        Err(anyhow!(
+            "storage.path {} is in use by another process that does not answer at {} ({unreached}): run this as the same user; \
+             if it is another command, or a relayer that starts, wait for it; if it is a relayer without this socket (its log \
+             says why when it starts), stop it first",
+            path.display(),
+            control::socket_path(path).display()
+        )
+        .into())
+    }
+
+    /// Asks for something.
+    pub(crate) async fn ask(&self, request: Request) -> Result<Asking, Failure> {
+        match self {
+            Self::Here(desk) => Ok(Asking(Answers::of(Arc::clone(desk), request))),
+            Self::Beside(config) => {
+                let path = &config.storage.path;
+                let gone = |error| anyhow!("the relayer that ran has just gone ({error}): try again");
+                let stream = control::connect(path).await.map_err(gone)?;
+                let answers = control::ask(stream, &request).await.map_err(anyhow::Error::from)?;
+                Ok(Asking(answers))
+            }
+        }
+    }
+}
+
+/// The rows that answer a request.
+pub(crate) struct Asking(Answers);
+
+impl Asking {
+    /// The next row. Notes go to standard error meanwhile; Ctrl-C ends it.
+    pub(crate) async fn next<T: DeserializeOwned>(&mut self) -> Result<Option<T>, Failure> {
+        loop {
+            let answer = tokio::select! {
+                answer = self.0.next() => answer,
+                _ = tokio::signal::ctrl_c() => return Err(anyhow!("stopped by Ctrl-C").into()),
+            };
+            match answer {
+                Answer::Row(row) => {
+                    let row = serde_json::from_str(row.get());
+                    let other = |error| {
+                        anyhow!("an answer that makes no sense ({error}): use the same program for both")
+                    };
+                    return Ok(Some(row.map_err(other)?));
+                }
+                Answer::Note(note) => eprintln!("{note}"),
+                Answer::Waiting => {}
+                Answer::End => return Ok(None),
+                Answer::Error(Refusal { usage, message }) => {
+                    let code = if usage { CONFIGURATION } else { FAULT };
+                    return Err(Failure { code, error: anyhow!("{message}") });
+                }
+            }
+        }
+    }
+}
+
+enum Opening {
+    Locked,
+    Failed(Failure),
+}
+
+impl From<Failure> for Opening {
+    fn from(failure: Failure) -> Self {
+        Self::Failed(failure)
+    }
+}
+
+fn open(config: &Config, missing: Missing) -> Result<Desk, Opening> {
+    let path = &config.storage.path;
+    let usage = |error: anyhow::Error| Failure { code: CONFIGURATION, error };
+    let is_there = path.exists();
+    if !is_there && missing == Missing::Refuse {
+        let error = anyhow!("storage.path {} does not exist: no relayer has run here yet", path.display());
+        return Err(usage(error).into());
+    }
+    let signatures = relayer::signatures(config).map_err(|error| usage(anyhow!("{error}")))?;
+    let identity = relayer::identity(config, &signatures);
+    let start_block = config.chain.start_block;
+    let store = match is_there || missing == Missing::Make {
+        true => Store::open(path, identity, start_block, Added::Leave),
+        false => Store::in_memory(identity, start_block.unwrap_or(0)),
+    };
+    let store = store.map_err(|error| match error {
+        StoreError::Locked { .. } => Opening::Locked,
+        error => {
+            let code = if error.is_configuration() { CONFIGURATION } else { FAULT };
+            Opening::Failed(Failure { code, error: anyhow!("{error}") })
+        }
+    })?;
+    let desk = Desk::alone(config.clone(), Arc::new(signatures), Arc::new(store));
+    Ok(desk.map_err(|error| Failure::from(anyhow!("the RPC client cannot be set up: {error}")))?)
+}
+
+/// Rows as one JSON array, as they come.
+pub(crate) struct JsonArray {
+    rows: usize,
+}
+
+impl JsonArray {
+    pub(crate) fn begin() -> Self {
+        Self { rows: 0 }
+    }
+
+    pub(crate) fn row(&mut self, row: &impl serde::Serialize) -> anyhow::Result<()> {
+        let begin = if self.rows == 0 { "[\n" } else { ",\n" };
+        self.rows += 1;
+        crate::print(format_args!("{begin}  {}", serde_json::to_string(row)?))
+    }
+
+    pub(crate) fn end(self) -> anyhow::Result<()> {
+        crate::print(format_args!("{}", if self.rows == 0 { "[]\n" } else { "\n]\n" }))
+    }
+}
+
+/// Text of a node or a sink, on one line and in a column.
+pub(crate) fn shortened(text: &str, length: usize) -> String {
+    let line = text.replace(['\n', '\r', '\t'], " ");
+    match line.char_indices().nth(length) {
+        None => line,
+        Some(_) => line.chars().take(length - 1).chain(['…']).collect(),
+    }
+}

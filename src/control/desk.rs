@@ -1,0 +1,211 @@
+//! Who answers: whoever has the store open.
+
+use std::sync::Arc;
+
+use alloy::primitives::Address;
+use tokio::sync::mpsc;
+use tracing::info;
+
+use super::rows::{EscrowRow, FindingRow, Imported, RegistryRow, VerifyRow};
+use super::{IMPORTED_AT_ONCE, PAGE, Progress, Refusal, Replies, Request};
+use crate::config::Config;
+use crate::event::{BlockRange, Signatures};
+use crate::publish::Order;
+use crate::rpc::Rpc;
+use crate::scan::{Difference, Finding, Verifier};
+use crate::status::{Observer, Status};
+use crate::store::{Store, StoreError, on_disk};
+
+/// What it takes to answer: a store, and the means to ask the chain.
+pub struct Desk {
+    pub(super) config: Config,
+    pub(super) signatures: Arc<Signatures>,
+    pub(super) store: Arc<Store>,
+    pub(super) rpc: Arc<Rpc>,
+    /// The relayer at work; `None`: none runs on this store.
+    relaying: Option<Relaying>,
+}
+
+struct Relaying {
+    orders: mpsc::Sender<Order>,
+    observer: Arc<Observer>,
+}
+
+impl Desk {
+    /// Of a running relayer, whose publisher takes these orders.
+    pub fn beside(
+        config: Config,
+        signatures: Arc<Signatures>,
+        store: Arc<Store>,
+        rpc: Arc<Rpc>,
+        orders: mpsc::Sender<Order>,
+        observer: Arc<Observer>,
+    ) -> Self {
+        Self { config, signatures, store, rpc, relaying: Some(Relaying { orders, observer }) }
+    }
+
+    /// On a store that no relayer runs on.
+    pub fn alone(
+        config: Config,
+        signatures: Arc<Signatures>,
+        store: Arc<Store>,
+    ) -> Result<Self, reqwest::Error> {
+        let rpc = Arc::new(Rpc::new(config.chain.id, &config.rpc)?);
+        Ok(Self { config, signatures, store, rpc, relaying: None })
+    }
+
+    /// The publisher at work.
+    pub(super) fn orders(&self) -> Option<&mpsc::Sender<Order>> {
+        self.relaying.as_ref().map(|relaying| &relaying.orders)
+    }
+
+    /// Answers one request. Dropped in the middle, it leaves nothing half done.
+    pub(super) async fn answer(&self, request: Request, to: &Replies) -> Result<(), Refusal> {
+        match request {
+            Request::Status => self.status(to).await,
+            Request::Escrows => self.escrows(to).await,
+            Request::Import { escrows, from } => self.import(escrows, from, to).await,
+            Request::Discover { from, to: last } => self.discover(from, last, to).await,
+            Request::Outbox { limit } => self.outbox(limit, to).await,
+            Request::Show { event_ids } => self.show(&event_ids, to).await,
+            Request::Discard { event_ids } => self.discard(&event_ids, to).await,
+            Request::Retry { which } => self.retry(&which, to).await,
+            Request::Replay { from, to: last, escrow } => self.replay(range(from, last)?, escrow, to).await,
+            Request::Verify { from, to: last } => self.verify(range(from, last)?, to).await,
+        }
+    }
+
+    pub(super) async fn on_disk<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Store) -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, Refusal> {
+        Ok(on_disk(&self.store, work).await?)
+    }
+
+    async fn status(&self, to: &Replies) -> Result<(), Refusal> {
+        let status = match &self.relaying {
+            Some(Relaying { observer, .. }) => {
+                let observer = Arc::clone(observer);
+                self.on_disk(move |_| observer.status()).await?
+            }
+            None => self.on_disk(Status::of_store).await?,
+        };
+        to.row(&status).await
+    }
+
+    async fn escrows(&self, to: &Replies) -> Result<(), Refusal> {
+        let mut after = None;
+        loop {
+            let page = self.on_disk(move |store| store.escrows_after(after, PAGE)).await?;
+            let Some((last, _)) = page.last() else { break };
+            after = Some(*last);
+            for (address, escrow) in &page {
+                to.row(&RegistryRow::Escrow(EscrowRow::new(*address, escrow))).await?;
+            }
+        }
+        let (next_block, reads_late) = (self.store.next_block(), self.store.late_read().is_some());
+        to.row(&RegistryRow::Store { next_block, reads_late }).await
+    }
+
+    async fn import(&self, escrows: Vec<Address>, from: u64, to: &Replies) -> Result<(), Refusal> {
+        if escrows.len() > IMPORTED_AT_ONCE {
+            return Err(Refusal::usage(format!("at most {IMPORTED_AT_ONCE} escrows are imported at once")));
+        }
+        let factory = self.store.identity().factory;
+        if escrows.contains(&factory) {
+            let why = format!("{factory:#x} is factory.address, not an escrow: take it out of the file");
+            return Err(Refusal::usage(why));
+        }
+        let next_block = self.store.next_block();
+        let too_far = Refusal::usage(format!(
+            "--from {from}: the store has not got there, its next block is {next_block}; give at most that"
+        ));
+        if from > next_block {
+            return Err(too_far);
+        }
+        let running = self.relaying.is_some();
+        let imported = self
+            .on_disk(move |store| match running {
+                true => store.import_beside(&escrows, from),
+                false => store.import(&escrows, from).map(Some),
+            })
+            .await?
+            .ok_or(too_far)?;
+        let (new, known) = (imported.new, imported.known);
+        info!(new, known, from, "Imported {new} escrows, whose events count from block {from} on");
+        to.row(&Imported { new, known, next_block, running }).await
+    }
+
+    async fn verify(&self, asked: BlockRange, to: &Replies) -> Result<(), Refusal> {
+        if let Some((_, read)) = self.store.late_read() {
+            return Err(Refusal::fault(format!(
+                "history is still being read once more, from block {} on, and what it has not reached would seem to be \
+                 missing: verify when that is done",
+                read.next
+            )));
+        }
+        let first = self.on_disk(|store| store.comparable_from()).await?;
+        let last = self.store.next_block().checked_sub(1);
+        let comparable = last.and_then(|last| BlockRange::new(asked.from().max(first), asked.to().min(last)));
+        let Some(blocks) = comparable else {
+            let what = match last.filter(|last| *last >= first) {
+                Some(last) => format!("blocks {first} to {last} can be"),
+                None => "no block was read yet".to_owned(),
+            };
+            return Err(Refusal::usage(format!("blocks {asked} cannot be compared: {what}")));
+        };
+        if blocks != asked {
+            let why = "earlier ones left no trace in this store, later ones were not read yet";
+            to.note(format!("Only blocks {blocks} of {asked} are compared: {why}")).await?;
+        }
+        let finalized = self.store.finalized();
+        let is_final = |block: u64| finalized.is_some_and(|finalized| block <= finalized);
+        if !is_final(blocks.to()) {
+            let upto = finalized.map_or("none is".to_owned(), |block| format!("up to {block}"));
+            to.note(format!("Not all blocks are final ({upto}): what is said of later ones is true for now"))
+                .await?;
+        }
+        let (chain, store, signatures) =
+            (Arc::clone(&self.rpc), Arc::clone(&self.store), Arc::clone(&self.signatures));
+        let mut verifier = Verifier::new(chain, store, signatures, &self.config, blocks);
+        let (mut events, mut progress) = (0, Progress::new());
+        let refuse = |error: crate::scan::VerifyError| Refusal::fault(error.to_string());
+        while let Some(verified) = verifier.step().await.map_err(refuse)? {
+            events += verified.events as u64;
+            for finding in &verified.findings {
+                to.row(&VerifyRow::Finding(finding_row(finding, is_final(finding.place.0)))).await?;
+            }
+            for escrow in &verified.unregistered {
+                to.row(&VerifyRow::Unregistered { escrow: format!("{escrow:#x}") }).await?;
+            }
+            let done = verified.blocks.to();
+            progress.tell(to, || format!("Compared up to block {done} of {}", blocks.to())).await?;
+        }
+        let final_to = (!is_final(blocks.to())).then_some(finalized.unwrap_or(0));
+        to.row(&VerifyRow::Verified { blocks: blocks.blocks(), events, final_to }).await
+    }
+}
+
+fn range(from: u64, to: u64) -> Result<BlockRange, Refusal> {
+    let empty = || Refusal::usage(format!("--from {from} --to {to}: the first block comes after the last"));
+    BlockRange::new(from, to).ok_or_else(empty)
+}
+
+fn finding_row(finding: &Finding, is_final: bool) -> FindingRow {
+    let difference = match finding.difference {
+        Difference::Missing => "missing",
+        Difference::Extra => "extra",
+        Difference::Differs => "differs",
+        Difference::Undecodable => "undecodable",
+    };
+    let (block, log_index) = finding.place;
+    FindingRow {
+        difference: difference.to_owned(),
+        block,
+        log_index,
+        escrow: finding.escrow.map(|escrow| format!("{escrow:#x}")),
+        event: finding.event.clone(),
+        event_id: finding.event_id.clone(),
+        is_final,
+    }
+}

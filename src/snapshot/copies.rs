@@ -1,0 +1,313 @@
+//! Making, listing, pruning and restoring snapshots.
+
+use std::collections::HashSet;
+use std::io;
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use thiserror::Error;
+use tokio::time::Instant;
+use tracing::warn;
+
+use super::manifest::{Manifest, Part, sha256};
+use super::volume::Volume;
+use crate::store::{self, Identity, Piece, Store, StoreError};
+
+/// How often a part is read before it counts as damaged, and the pause between.
+const ATTEMPTS: u32 = 3;
+const BETWEEN_ATTEMPTS: Duration = Duration::from_millis(500);
+
+/// Why there is no snapshot, or no store from one.
+#[derive(Debug, Error)]
+pub enum SnapshotError {
+    /// The store.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The folder of snapshots.
+    #[error("storage.snapshot_dir: {what}: {source}; mount it, or let this user write to it")]
+    Volume {
+        /// What was tried.
+        what: String,
+        /// What the system says.
+        source: io::Error,
+    },
+    /// What was written did not come back.
+    #[error("storage.snapshot_dir: {0} was written, and reads otherwise: the volume cannot be trusted")]
+    NotKept(String),
+    /// There was not enough time.
+    #[error("there was not enough time for it")]
+    Late,
+    /// There are snapshots, and none can be used.
+    #[error(
+        "none of the {count} snapshots in storage.snapshot_dir can be restored; the newest, {newest}: {why}. Repair the \
+         volume, or move the snapshots away to read the chain again from chain.start_block (what was published will be \
+         published again)"
+    )]
+    NoneWhole {
+        /// How many there are.
+        count: usize,
+        /// The file of the newest.
+        newest: String,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// The snapshot is of something else.
+    #[error(
+        "the snapshot {file} in storage.snapshot_dir belongs to another relay:\n{differences}\nUse the configuration it was \
+         made with, or give this relayer a storage.snapshot_dir of its own"
+    )]
+    OtherIdentity {
+        /// Its file.
+        file: String,
+        /// One line per difference, both sides named.
+        differences: String,
+    },
+    /// There is no such snapshot.
+    #[error(
+        "there is no snapshot {0} in storage.snapshot_dir: `relayer snapshot list` shows those there are"
+    )]
+    Unknown(String),
+    /// The file belongs to a life before that of the newest snapshot.
+    #[error(
+        "storage.path {path} is older than the newest snapshot, {newest}, which another instance made after it had gone on \
+         from there: move the file away, and the snapshot is restored; or give this relayer another storage.snapshot_dir"
+    )]
+    Outlived {
+        /// The store.
+        path: String,
+        /// The file of the snapshot.
+        newest: String,
+    },
+}
+
+impl SnapshotError {
+    /// Whether only a change of configuration, or of what lies in the folders, can help.
+    pub fn is_configuration(&self) -> bool {
+        match self {
+            Self::Store(error) => error.is_configuration(),
+            Self::Outlived { .. } | Self::OtherIdentity { .. } | Self::Unknown(_) => true,
+            Self::Volume { .. } | Self::NotKept(_) | Self::Late | Self::NoneWhole { .. } => false,
+        }
+    }
+}
+
+fn volume_error(what: impl Into<String>) -> impl FnOnce(io::Error) -> SnapshotError {
+    let what = what.into();
+    |source| SnapshotError::Volume { what, source }
+}
+
+/// A snapshot in the folder: its file, and what it is of, or why it cannot be used.
+#[derive(Debug)]
+pub struct Listed {
+    /// The manifest's file.
+    pub file: String,
+    /// What it says.
+    pub manifest: Result<Manifest, String>,
+}
+
+/// The snapshots in a folder.
+#[derive(Debug)]
+pub struct Snapshots<V> {
+    volume: Arc<V>,
+    /// Files of parts that this process wrote, and read back as they were written.
+    kept: Mutex<HashSet<String>>,
+    /// One is made at a time.
+    making: Mutex<()>,
+}
+
+impl<V: Volume> Snapshots<V> {
+    /// Those in that folder.
+    pub fn new(volume: Arc<V>) -> Self {
+        Self { volume, kept: Mutex::default(), making: Mutex::default() }
+    }
+
+    /// Makes a snapshot of what the store is now, while it goes on, and before `deadline` or not at all.
+    ///
+    /// Parts that are there already are not written again, so one made soon after another is quick. The manifest is written
+    /// last: until then nobody sees that there is something.
+    pub fn create(&self, store: &Store, deadline: Option<Instant>) -> Result<Manifest, SnapshotError> {
+        let _making = self.making.lock().expect("nothing panics with it");
+        let number = self.numbers()?.last().map_or(1, |last| last + 1);
+        let is_late = || deadline.is_some_and(|deadline| Instant::now() >= deadline);
+        let mut parts = Vec::new();
+        let mut failed = None;
+        let moment = store.copy(|piece| {
+            match if is_late() { Err(SnapshotError::Late) } else { self.keep(piece) } {
+                Ok(part) => {
+                    parts.push(part);
+                    ControlFlow::Continue(())
+                }
+                Err(error) => {
+                    failed = Some(error);
+                    ControlFlow::Break(())
+                }
+            }
+        })?;
+        let moment = match (moment, failed) {
+            (Some(moment), None) if !is_late() => moment,
+            (_, failed) => return Err(failed.unwrap_or(SnapshotError::Late)),
+        };
+        let manifest = Manifest::new(number, moment, parts);
+        self.write(&manifest.file(), &manifest.encode())?;
+        Ok(manifest)
+    }
+
+    fn keep(&self, piece: Piece) -> Result<Part, SnapshotError> {
+        let Piece { table, rows, bytes } = piece;
+        let part = Part { table: table.to_owned(), rows, bytes: bytes.len() as u64, sha256: sha256(&bytes) };
+        let is_kept = self.kept.lock().expect("nothing panics with it").contains(&part.file());
+        if !is_kept {
+            self.write(&part.file(), &bytes)?;
+            self.kept.lock().expect("nothing panics with it").insert(part.file());
+        }
+        Ok(part)
+    }
+
+    /// Writes a file and reads it back.
+    fn write(&self, file: &str, bytes: &[u8]) -> Result<(), SnapshotError> {
+        self.volume.write(file, bytes).map_err(volume_error(format!("{file} cannot be written")))?;
+        let read = self.volume.read(file).map_err(volume_error(format!("{file} cannot be read")))?;
+        match read.is_some_and(|read| read == bytes) {
+            true => Ok(()),
+            false => Err(SnapshotError::NotKept(file.to_owned())),
+        }
+    }
+
+    /// The numbers of the snapshots, ascending.
+    fn numbers(&self) -> Result<Vec<u64>, SnapshotError> {
+        let files = self.volume.list("").map_err(volume_error("it cannot be listed"))?;
+        let mut numbers: Vec<u64> = files.iter().filter_map(|file| Manifest::number_of(file)).collect();
+        numbers.sort_unstable();
+        Ok(numbers)
+    }
+
+    /// All snapshots, the newest first.
+    pub fn list(&self) -> Result<Vec<Listed>, SnapshotError> {
+        let files = self.volume.list("").map_err(volume_error("it cannot be listed"))?;
+        let mut files: Vec<(u64, String)> =
+            files.into_iter().filter_map(|file| Some((Manifest::number_of(&file)?, file))).collect();
+        files.sort_unstable_by(|a, b| b.cmp(a));
+        Ok(files.into_iter().map(|(_, file)| Listed { manifest: self.manifest(&file), file }).collect())
+    }
+
+    fn manifest(&self, file: &str) -> Result<Manifest, String> {
+        match self.volume.read(file) {
+            Ok(Some(bytes)) => Manifest::decode(&bytes),
+            Ok(None) => Err("it is gone".to_owned()),
+            Err(error) => Err(error.to_string()),
+        }
+    }
+
+    /// Removes all but the newest `keep` snapshots, and the parts that none of those needs. If one of them cannot be read,
+    /// nobody knows what it needs: then nothing is removed.
+    pub fn prune(&self, keep: usize) -> Result<usize, SnapshotError> {
+        let listed = self.list()?;
+        let (kept, gone) = listed.split_at(keep.min(listed.len()));
+        let mut needed = HashSet::new();
+        for Listed { manifest, .. } in kept {
+            let Ok(manifest) = manifest else { return Ok(0) };
+            needed.extend(manifest.parts.iter().map(Part::file));
+        }
+        let removed =
+            |file: &str| self.volume.remove(file).map_err(volume_error(format!("{file} cannot be removed")));
+        for Listed { file, .. } in gone {
+            removed(file)?;
+        }
+        for part in self.volume.list("parts").map_err(volume_error("its parts cannot be listed"))? {
+            let file = format!("parts/{part}");
+            if !needed.contains(&file) {
+                self.kept.lock().expect("nothing panics with it").remove(&file);
+                removed(&file)?;
+            }
+        }
+        Ok(gone.len())
+    }
+
+    /// Makes a store at `path` of the newest snapshot that is whole, or of the one in that file. `None`: there is no
+    /// snapshot. `identity`: what the store is to be for; a snapshot of another one is an error.
+    pub fn restore(
+        &self,
+        path: &Path,
+        identity: &Identity,
+        file: Option<&str>,
+    ) -> Result<Option<Manifest>, SnapshotError> {
+        let listed = self.list()?;
+        let asked_for = |listed: &&Listed| file.is_none_or(|file| listed.file == file);
+        let candidates: Vec<&Listed> = listed.iter().filter(asked_for).collect();
+        if let (Some(file), true) = (file, candidates.is_empty()) {
+            return Err(SnapshotError::Unknown(file.to_owned()));
+        }
+        let mut newest = None;
+        for Listed { file, manifest } in &candidates {
+            let restored = match manifest {
+                Ok(manifest) => self.restore_from(manifest, path, identity).map(|()| manifest),
+                Err(why) => Err(Unusable::Damaged(why.clone())),
+            };
+            match restored {
+                Ok(manifest) => return Ok(Some(manifest.clone())),
+                Err(Unusable::Fault(error)) => return Err(error),
+                Err(Unusable::Damaged(why)) => {
+                    warn!(snapshot = %file, %why, "The snapshot {file} cannot be used: {why}");
+                    newest.get_or_insert((file.clone(), why));
+                }
+            }
+        }
+        match newest {
+            None => Ok(None),
+            Some((newest, why)) => Err(SnapshotError::NoneWhole { count: candidates.len(), newest, why }),
+        }
+    }
+
+    fn restore_from(&self, manifest: &Manifest, path: &Path, identity: &Identity) -> Result<(), Unusable> {
+        if let Err(StoreError::OtherIdentity { differences, .. }) =
+            store::fits(path, &manifest.identity, identity)
+        {
+            let file = manifest.file();
+            return Err(Unusable::Fault(SnapshotError::OtherIdentity { file, differences }));
+        }
+        let pieces = manifest.parts.iter().map(|part| {
+            let bytes = match self.read_patiently(&part.file()) {
+                Ok(Some(bytes)) => bytes,
+                Ok(None) => return Err(Unusable::Damaged(format!("{} is missing", part.file()))),
+                Err(error) => return Err(Unusable::Damaged(format!("{}: {error}", part.file()))),
+            };
+            match sha256(&bytes) == part.sha256 {
+                true => Ok((part.table.clone(), bytes)),
+                false => Err(Unusable::Damaged(format!("{} is damaged", part.file()))),
+            }
+        });
+        store::restore(path, pieces)
+    }
+}
+
+impl<V: Volume> Snapshots<V> {
+    /// A handle may be stale, a volume may hiccup: that alone does not make a snapshot a bad one.
+    fn read_patiently(&self, file: &str) -> io::Result<Option<Vec<u8>>> {
+        for _ in 1..ATTEMPTS {
+            match self.volume.read(file) {
+                Err(_) => std::thread::sleep(BETWEEN_ATTEMPTS),
+                read => return read,
+            }
+        }
+        self.volume.read(file)
+    }
+}
+
+/// Why a snapshot was not restored.
+enum Unusable {
+    /// It is not whole: an older one may be.
+    Damaged(String),
+    /// Another one would not help.
+    Fault(SnapshotError),
+}
+
+impl From<StoreError> for Unusable {
+    fn from(error: StoreError) -> Self {
+        match error {
+            StoreError::Damaged { what } => Self::Damaged(what),
+            error => Self::Fault(error.into()),
+        }
+    }
+}

@@ -1,0 +1,484 @@
+//! Snapshots and the lease on a volume with a mounted bucket's manners: no locks, nothing there before it is closed, the last
+//! one to close a file wins, handles go stale, and what is slow is slow.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::io;
+use std::ops::ControlFlow;
+use std::sync::Mutex;
+
+use alloy::primitives::Address;
+
+use super::lease::{Lease, Lost};
+use super::*;
+use crate::event::BlockRef;
+use crate::store::tests::{block, escrow, event, identity, memory, stretch};
+use crate::store::{Added, Piece, Stretch};
+
+/// A bucket. Faults are scripted: each read or write takes the next one, if there is one for its file.
+#[derive(Debug, Default)]
+struct Bucket {
+    files: Mutex<BTreeMap<String, Vec<u8>>>,
+    faults: Mutex<VecDeque<(&'static str, Fault)>>,
+    writes: Mutex<Vec<String>>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Fault {
+    /// What is written is not there afterwards, and nobody says so.
+    Lost,
+    /// What is written is cut off.
+    Cut,
+    /// It fails.
+    Stale,
+}
+
+impl Bucket {
+    fn fault(&self, name: &str) -> Option<Fault> {
+        let mut faults = self.faults.lock().unwrap();
+        let found = faults.iter().position(|(file, _)| name.starts_with(file))?;
+        faults.remove(found).map(|(_, fault)| fault)
+    }
+
+    fn fails(&self, file: &'static str, faults: &[Fault]) {
+        self.faults.lock().unwrap().extend(faults.iter().map(|fault| (file, *fault)));
+    }
+
+    fn names(&self, folder: &str) -> Vec<String> {
+        self.files.lock().unwrap().keys().filter(|name| name.starts_with(folder)).cloned().collect()
+    }
+
+    fn change(&self, name: &str, change: impl FnOnce(&mut Vec<u8>)) {
+        change(self.files.lock().unwrap().get_mut(name).expect("a file that is there"));
+    }
+
+    fn written(&self) -> Vec<String> {
+        std::mem::take(&mut self.writes.lock().unwrap())
+    }
+}
+
+fn stale() -> io::Error {
+    io::Error::from_raw_os_error(116)
+}
+
+impl Volume for Bucket {
+    fn write(&self, name: &str, bytes: &[u8]) -> io::Result<()> {
+        self.writes.lock().unwrap().push(name.to_owned());
+        let kept = match self.fault(name) {
+            Some(Fault::Lost) => return Ok(()),
+            Some(Fault::Stale) => return Err(stale()),
+            Some(Fault::Cut) => &bytes[..bytes.len() / 2],
+            None => bytes,
+        };
+        self.files.lock().unwrap().insert(name.to_owned(), kept.to_vec());
+        Ok(())
+    }
+
+    fn read(&self, name: &str) -> io::Result<Option<Vec<u8>>> {
+        match self.fault(name) {
+            Some(_) => Err(stale()),
+            None => Ok(self.files.lock().unwrap().get(name).cloned()),
+        }
+    }
+
+    fn list(&self, folder: &str) -> io::Result<Vec<String>> {
+        let prefix = if folder.is_empty() { String::new() } else { format!("{folder}/") };
+        let files = self.files.lock().unwrap();
+        let inside = files.keys().filter_map(|name| name.strip_prefix(&prefix));
+        Ok(inside.filter(|name| !name.contains('/')).map(str::to_owned).collect())
+    }
+
+    fn remove(&self, name: &str) -> io::Result<()> {
+        self.files.lock().unwrap().remove(name);
+        Ok(())
+    }
+}
+
+fn snapshots() -> (Arc<Bucket>, Snapshots<Bucket>) {
+    let bucket = Arc::new(Bucket::default());
+    (Arc::clone(&bucket), Snapshots::new(bucket))
+}
+
+/// A store with a little of everything in it, and how it goes on.
+fn lived() -> Store {
+    let store = memory();
+    for number in 1..=6 {
+        let announced: &[u8] = if number == 1 { &[1, 2] } else { &[] };
+        let unfinal = Stretch {
+            unfinal_from: Some(number),
+            finalized: Some(2),
+            ..stretch(block(number, 0), announced, &[1, 2])
+        };
+        store.accept(&unfinal).unwrap();
+    }
+    store.import(&[escrow(9)], 1).unwrap();
+    let claimed = store.claim(9).unwrap();
+    store.acknowledge(claimed.iter().map(|it| it.position).filter(|at| *at != 5).collect()).unwrap();
+    store.retract(Some(block(5, 0)), u64::MAX).unwrap().unwrap();
+    store
+}
+
+fn go_on(store: &Store, number: u64) {
+    store.accept(&stretch(block(number, 0), &[], &[1, 2])).unwrap();
+}
+
+/// All rows but the one with the epoch.
+fn rows(store: &Store) -> Vec<Piece> {
+    let mut pieces = Vec::new();
+    let copied = store.copy(|piece| {
+        pieces.push(piece);
+        ControlFlow::Continue(())
+    });
+    assert!(copied.unwrap().is_some());
+    pieces.retain(|piece| piece.table != "meta");
+    pieces
+}
+
+struct Restored {
+    store: Store,
+    manifest: Manifest,
+    _folder: tempfile::TempDir,
+}
+
+fn restored(snapshots: &Snapshots<Bucket>) -> Result<Option<Restored>, SnapshotError> {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("relayer.redb");
+    let made = snapshots.restore(&path, &identity(), None);
+    assert_eq!(path.exists(), matches!(made, Ok(Some(_))), "a store is there exactly if it was restored");
+    let Some(manifest) = made? else { return Ok(None) };
+    let store = Store::open(&path, identity(), None, Added::Leave).unwrap();
+    Ok(Some(Restored { store, manifest, _folder: folder }))
+}
+
+#[test]
+fn a_store_comes_back_from_its_snapshot_as_it_was_in_another_life() {
+    let (_, snapshots) = snapshots();
+    assert!(restored(&snapshots).unwrap().is_none(), "there is none");
+    let store = lived();
+    let made = snapshots.create(&store, None).unwrap();
+    let before = rows(&store);
+    go_on(&store, 6);
+    let Restored { store: again, manifest, .. } = restored(&snapshots).unwrap().unwrap();
+    assert_eq!(manifest, made);
+    assert_eq!(rows(&again), before);
+    assert_eq!((again.cursor(), again.next_block()), (Some(block(5, 0)), 6));
+    assert!(again.epoch() > store.epoch());
+    // Whatever waited may have been sent since.
+    go_on(&again, 6);
+    assert_eq!(rows(&again).len(), rows(&store).len());
+}
+
+#[test]
+fn what_did_not_change_is_not_written_again() {
+    let (bucket, snapshots) = snapshots();
+    let store = lived();
+    let first = snapshots.create(&store, None).unwrap();
+    assert_eq!(bucket.written().len(), first.parts.len() + 1);
+    let second = snapshots.create(&store, None).unwrap();
+    assert_eq!(bucket.written(), [second.file()]);
+    assert_eq!((second.number, &second.parts), (2, &first.parts));
+}
+
+#[test]
+fn a_change_of_a_large_store_changes_few_of_its_parts() {
+    let (_, snapshots) = snapshots();
+    let store = memory();
+    let many = (0..150_000u32).map(|number| Address::left_padding_from(&number.to_le_bytes()));
+    let announced = many.chain([escrow(1)]).map(|escrow| (escrow, block(1, 0))).collect();
+    store.accept(&Stretch { announced, ..stretch(block(1, 0), &[], &[]) }).unwrap();
+    for number in 2..12 {
+        let events = (0..1_000).map(|index| event(escrow(1), block(number, 0), index, false)).collect();
+        store.accept(&Stretch { events, ..stretch(block(number, 0), &[], &[]) }).unwrap();
+    }
+    let first = snapshots.create(&store, None).unwrap();
+    go_on_with_one(&store, 12);
+    let second = snapshots.create(&store, None).unwrap();
+    let large: Vec<&Part> = second.parts.iter().filter(|part| part.bytes > 1 << 20).collect();
+    let new = large.iter().filter(|part| !first.parts.contains(part)).count();
+    assert!(large.len() >= 4, "{} large parts: the store is too small for this test", large.len());
+    assert!(
+        new <= 2,
+        "{new} of {} large parts are new: of the registry and of the log one each may be",
+        large.len()
+    );
+}
+
+fn go_on_with_one(store: &Store, number: u64) {
+    store.accept(&stretch(block(number, 0), &[], &[1])).unwrap();
+}
+
+#[test]
+fn of_damaged_snapshots_the_newest_that_is_whole_is_restored() {
+    type Damage = fn(&Bucket, &Manifest);
+    let table: [(&str, Damage); 7] = [
+        ("a manifest cut off", |bucket, it| {
+            bucket.change(&it.file(), |bytes| bytes.truncate(bytes.len() - 9))
+        }),
+        ("a manifest changed", |bucket, it| bucket.change(&it.file(), |bytes| bytes[40] ^= 1)),
+        ("an empty manifest", |bucket, it| bucket.change(&it.file(), Vec::clear)),
+        ("a part missing", |bucket, it| bucket.remove(&changed_part(it)).unwrap()),
+        ("a part cut off", |bucket, it| bucket.change(&changed_part(it), |bytes| bytes.truncate(7))),
+        ("a part changed", |bucket, it| bucket.change(&changed_part(it), |bytes| bytes[9] ^= 1)),
+        ("a part that cannot be read", |bucket, it| {
+            // More often than it is tried.
+            let file: &'static str = changed_part(it).leak();
+            bucket.fails(file, &[Fault::Stale; 9]);
+        }),
+    ];
+    for (what, damage) in table {
+        let (bucket, snapshots) = snapshots();
+        let store = lived();
+        let older = snapshots.create(&store, None).unwrap();
+        let before = rows(&store);
+        go_on(&store, 6);
+        let newer = snapshots.create(&store, None).unwrap();
+        damage(&bucket, &newer);
+        let Restored { store: again, manifest, .. } =
+            restored(&snapshots).unwrap().unwrap_or_else(|| panic!("{what}"));
+        assert_eq!((manifest.number, rows(&again)), (older.number, before), "{what}");
+        damage_all(&bucket);
+        let refused = restored(&snapshots).map(|restored| restored.is_some());
+        assert!(matches!(refused, Err(SnapshotError::NoneWhole { count: 2, .. })), "{what}: {refused:?}");
+    }
+}
+
+/// A part that an older snapshot has not.
+fn changed_part(manifest: &Manifest) -> String {
+    let part = manifest.parts.iter().find(|part| part.table == "event_log");
+    part.expect("there are events").file()
+}
+
+fn damage_all(bucket: &Bucket) {
+    for file in bucket.names("snapshot-") {
+        bucket.change(&file, |bytes| bytes.push(b'!'));
+    }
+}
+
+#[test]
+fn a_volume_that_does_not_keep_what_it_was_given_is_noticed_and_nothing_is_announced() {
+    for file in ["parts/", "snapshot-"] {
+        for fault in [Fault::Lost, Fault::Cut, Fault::Stale] {
+            let (bucket, snapshots) = snapshots();
+            let store = lived();
+            bucket.fails(file, &[fault]);
+            let refused = snapshots.create(&store, None);
+            let what = format!("{file} {fault:?}: {refused:?}");
+            assert!(
+                matches!(refused, Err(SnapshotError::NotKept(_) | SnapshotError::Volume { .. })),
+                "{what}"
+            );
+            assert!(!matches!(restored(&snapshots), Ok(Some(_))), "{what}");
+            snapshots.create(&store, None).unwrap();
+            assert_eq!(rows(&restored(&snapshots).unwrap().unwrap().store), rows(&store), "{what}");
+        }
+    }
+}
+
+#[test]
+fn a_handle_that_goes_stale_is_opened_again() {
+    let (bucket, snapshots) = snapshots();
+    let store = lived();
+    snapshots.create(&store, None).unwrap();
+    bucket.fails("parts/", &[Fault::Stale; 2]);
+    assert!(restored(&snapshots).unwrap().is_some());
+}
+
+#[test]
+fn one_that_would_be_late_is_not_announced() {
+    let (bucket, snapshots) = snapshots();
+    let refused = snapshots.create(&lived(), Some(Instant::now()));
+    assert!(matches!(refused, Err(SnapshotError::Late)), "{refused:?}");
+    assert_eq!(bucket.names("snapshot-"), [""; 0]);
+}
+
+#[test]
+fn old_snapshots_go_and_what_the_others_need_stays() {
+    let (bucket, snapshots) = snapshots();
+    let store = lived();
+    for number in 6..=10 {
+        go_on(&store, number);
+        snapshots.create(&store, None).unwrap();
+    }
+    assert_eq!(snapshots.prune(2).unwrap(), 3);
+    assert_eq!(bucket.names("snapshot-"), ["snapshot-000000000004.json", "snapshot-000000000005.json"]);
+    let listed = snapshots.list().unwrap();
+    let needed: BTreeSet<String> =
+        listed.iter().flat_map(|it| &it.manifest.as_ref().unwrap().parts).map(Part::file).collect();
+    assert_eq!(bucket.names("parts/"), needed.into_iter().collect::<Vec<_>>());
+    assert_eq!(rows(&restored(&snapshots).unwrap().unwrap().store), rows(&store));
+
+    bucket.change("snapshot-000000000004.json", |bytes| bytes[30] ^= 1);
+    let before = bucket.names("");
+    assert_eq!(snapshots.prune(2).unwrap(), 0, "nobody knows what the damaged one needs");
+    assert_eq!(bucket.names(""), before);
+    // A part that was pruned and is needed again is written again.
+    assert_eq!(snapshots.prune(1).unwrap(), 1);
+    snapshots.create(&store, None).unwrap();
+    assert_eq!(rows(&restored(&snapshots).unwrap().unwrap().store), rows(&store));
+}
+
+#[test]
+fn a_snapshot_of_another_relay_is_refused_and_both_are_named() {
+    let (_, snapshots) = snapshots();
+    snapshots.create(&lived(), None).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("relayer.redb");
+    let other = Identity { chain_id: 5, ..identity() };
+    let refused = snapshots.restore(&path, &other, None).unwrap_err();
+    assert!(refused.is_configuration());
+    let text = refused.to_string();
+    assert!(text.contains("snapshot-000000000001.json") && text.contains("configuration 5"), "{text}");
+}
+
+#[test]
+fn a_copy_made_while_the_store_is_written_is_of_one_moment() {
+    let (_, snapshots) = snapshots();
+    let store = lived();
+    std::thread::scope(|scope| {
+        let writing = scope.spawn(|| (6..200).for_each(|number| go_on(&store, number)));
+        while !writing.is_finished() {
+            let made = snapshots.create(&store, None).unwrap();
+            let Restored { store, .. } = restored(&snapshots).unwrap().unwrap();
+            assert_eq!(
+                (store.entries(), store.cursor()),
+                (made.entries, made.cursor.map(|(number, hash)| BlockRef { number, hash }))
+            );
+            let log: u64 =
+                made.parts.iter().filter(|part| part.table == "blocks").map(|part| part.rows).sum();
+            assert_eq!(log, store.next_block() - 2, "blocks from the newest final one, 2, on");
+        }
+    });
+}
+
+const SECOND: Duration = Duration::from_secs(1);
+
+fn acquire(bucket: &Arc<Bucket>, name: &str) -> tokio::task::JoinHandle<Lease<Bucket>> {
+    let (bucket, name) = (Arc::clone(bucket), name.to_owned());
+    tokio::spawn(async move {
+        Lease::acquire(bucket, name, &Vitals::default(), &CancellationToken::new()).await.unwrap()
+    })
+}
+
+#[tokio::test(start_paused = true)]
+async fn whoever_comes_second_stands_by_until_the_first_gives_the_lease_up() {
+    let bucket = Arc::default();
+    let first = acquire(&bucket, "first").await.unwrap();
+    let second = acquire(&bucket, "second");
+    let permit = first.permit();
+    let keeping = tokio::spawn(async move {
+        let mut first = first;
+        tokio::select! {
+            lost = first.keep() => panic!("{lost:?}"),
+            () = sleep(300 * SECOND) => first.release().await,
+        }
+    });
+    for _ in 0..299 {
+        sleep(SECOND).await;
+        assert!(permit.holds() && !second.is_finished());
+    }
+    keeping.await.unwrap();
+    let asked = Instant::now();
+    let second = second.await.unwrap();
+    assert!(second.permit().holds() && !permit.holds());
+    assert!(asked.elapsed() < 12 * SECOND, "{:?}", asked.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_lease_of_a_dead_holder_expires_and_its_permit_ends_before() {
+    let bucket = Arc::default();
+    let dead = acquire(&bucket, "dead").await.unwrap();
+    let (permit, second) = (dead.permit(), acquire(&bucket, "second"));
+    drop(dead);
+    let died = Instant::now();
+    sleep(6 * SECOND).await;
+    assert!(!permit.holds() && !second.is_finished());
+    second.await.unwrap();
+    assert!((30 * SECOND..45 * SECOND).contains(&died.elapsed()), "{:?}", died.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_process_of_the_same_store_need_not_wait_after_a_crash() {
+    let bucket = Arc::default();
+    drop(acquire(&bucket, "same").await.unwrap());
+    let began = Instant::now();
+    assert!(acquire(&bucket, "same").await.unwrap().permit().holds());
+    assert_eq!(began.elapsed(), Duration::ZERO);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_holder_that_was_paused_may_publish_nothing_until_it_looked_and_then_knows_that_it_lost() {
+    let bucket = Arc::default();
+    let mut paused = acquire(&bucket, "paused").await.unwrap();
+    let permit = paused.permit();
+    let other = acquire(&bucket, "other").await.unwrap();
+    assert!(!permit.holds() && other.permit().holds());
+    assert_eq!(paused.keep().await, Lost);
+    assert!(!permit.holds());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_volume_that_does_not_answer_stops_publishing_and_no_more() {
+    let bucket: Arc<Bucket> = Arc::default();
+    let mut lease = acquire(&bucket, "first").await.unwrap();
+    let permit = lease.permit();
+    let keeping = tokio::spawn(async move { lease.keep().await });
+    bucket.fails("lease.json", &[Fault::Stale; 10]);
+    sleep(15 * SECOND).await;
+    assert!(!permit.holds());
+    sleep(15 * SECOND).await;
+    assert!(permit.holds() && !keeping.is_finished());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lease_that_is_half_written_is_somebodys_until_it_expires() {
+    let bucket: Arc<Bucket> = Arc::default();
+    bucket.write("lease.json", br#"{"holder":"#).unwrap();
+    let began = Instant::now();
+    acquire(&bucket, "first").await.unwrap();
+    assert!(began.elapsed() >= 30 * SECOND);
+}
+
+/// Instances come, are paused for any time, die and go: at no moment may two publish.
+#[test]
+fn however_instances_come_pause_and_go_no_two_hold_the_lease_at_once() {
+    use proptest::prelude::*;
+    /// When it comes, and how long it is then at work and paused, in turns, in seconds.
+    type Life = (u32, Vec<(u32, u32)>);
+    async fn live(
+        bucket: Arc<Bucket>,
+        name: String,
+        (comes, turns): Life,
+        permits: Arc<Mutex<Vec<Arc<Permit>>>>,
+    ) {
+        sleep(comes * SECOND).await;
+        let Some(mut lease) =
+            Lease::acquire(bucket, name, &Vitals::default(), &CancellationToken::new()).await
+        else {
+            return;
+        };
+        permits.lock().unwrap().push(lease.permit());
+        for (works, pauses) in turns {
+            tokio::select! {
+                Lost = lease.keep() => return,
+                () = sleep(works * SECOND) => {}
+            }
+            sleep(pauses * SECOND).await;
+        }
+        lease.release().await;
+    }
+    let life = || (0..60u32, prop::collection::vec((0..40u32, 0..50u32), 0..4));
+    proptest!(ProptestConfig::with_cases(60), |(lives in prop::collection::vec(life(), 2..5))| {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
+        runtime.block_on(async {
+            let (bucket, permits): (Arc<Bucket>, Arc<Mutex<Vec<Arc<Permit>>>>) = Default::default();
+            let lives: Vec<_> = (0..).zip(lives).map(|(number, life)| {
+                tokio::spawn(live(Arc::clone(&bucket), format!("{number}"), life, Arc::clone(&permits)))
+            }).collect();
+            while lives.iter().any(|life| !life.is_finished()) {
+                let holding = permits.lock().unwrap().iter().filter(|permit| permit.holds()).count();
+                assert!(holding <= 1, "{holding} at once");
+                sleep(Duration::from_millis(500)).await;
+            }
+            assert!(!permits.lock().unwrap().is_empty(), "somebody had it");
+        });
+    });
+}

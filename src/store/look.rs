@@ -1,0 +1,150 @@
+//! Looking at the store page by page: what commands show, beside a run or on a file. Nothing here changes anything, and no
+//! page holds more than it was asked for.
+
+use std::collections::BTreeMap;
+use std::ops::Bound;
+
+use alloy::primitives::Address;
+use redb::{ReadableDatabase, ReadableTable};
+
+use super::audit::Place;
+use super::schema::{ACKNOWLEDGED, EVENT_LOG, MARKS, QUARANTINE, REGISTRY, UNAUDITED, WATERMARK, decode};
+use super::{Claimed, Escrow, Kind, Quarantined, Store, StoreError, log};
+use crate::event::BlockRange;
+
+/// Bodies in one page, at most, in bytes, unless one alone has more.
+const PAGE_BYTES: usize = 4 << 20;
+
+/// Some entries of the log, and where to look on; `None`: that was all.
+#[derive(Debug)]
+pub struct Page {
+    /// In log order.
+    pub entries: Vec<Claimed>,
+    /// The position after the last one looked at.
+    pub next: Option<u64>,
+}
+
+/// Which entries are acknowledged, as of one moment: everything it says stays true.
+#[derive(Debug)]
+pub struct Acknowledged {
+    watermark: u64,
+    runs: BTreeMap<u64, u64>,
+}
+
+impl Acknowledged {
+    /// Whether the entry at that position was acknowledged by then.
+    pub fn contains(&self, position: u64) -> bool {
+        let run = self.runs.range(..=position).next_back();
+        position < self.watermark || run.is_some_and(|(_, end)| position < *end)
+    }
+
+    /// The first position that may not be.
+    pub fn watermark(&self) -> u64 {
+        self.watermark
+    }
+}
+
+impl Store {
+    /// At most `limit` entries of the log from a position on.
+    pub fn entries_from(&self, position: u64, limit: usize) -> Result<Page, StoreError> {
+        let read = self.db.begin_read()?;
+        let log = read.open_table(EVENT_LOG)?;
+        let (mut entries, mut bytes, mut next) = (Vec::new(), 0, None);
+        for found in log::entries(&log, position..u64::MAX)? {
+            let (position, entry) = found?;
+            if entries.len() == limit || bytes >= PAGE_BYTES {
+                next = Some(position);
+                break;
+            }
+            bytes += entry.body.len();
+            entries.push(Claimed { position, entry });
+        }
+        Ok(Page { entries, next })
+    }
+
+    /// What is acknowledged now.
+    pub fn acknowledged(&self) -> Result<Acknowledged, StoreError> {
+        let read = self.db.begin_read()?;
+        let watermark = read.open_table(MARKS)?.get(WATERMARK)?.map_or(0, |mark| mark.value());
+        let mut runs = BTreeMap::new();
+        for run in read.open_table(ACKNOWLEDGED)?.iter()? {
+            let (start, end) = run?;
+            runs.insert(start.value(), end.value());
+        }
+        Ok(Acknowledged { watermark, runs })
+    }
+
+    /// At most `limit` rows of the registry, by address, after that one.
+    pub fn escrows_after(
+        &self,
+        after: Option<Address>,
+        limit: usize,
+    ) -> Result<Vec<(Address, Escrow)>, StoreError> {
+        let read = self.db.begin_read()?;
+        let table = read.open_table(REGISTRY)?;
+        let after = after.map(|address| *address.0);
+        let from = after.as_ref().map_or(Bound::Unbounded, Bound::Excluded);
+        let mut rows = Vec::new();
+        for row in table.range::<&[u8; 20]>((from, Bound::Unbounded))?.take(limit) {
+            let (address, value) = row?;
+            rows.push((Address::from(*address.value()), Escrow::decode(value.value())?));
+        }
+        Ok(rows)
+    }
+
+    /// At most `limit` logs that did not decode, in chain order, after that place.
+    pub fn quarantined_after(
+        &self,
+        after: Option<Place>,
+        limit: usize,
+    ) -> Result<Vec<Quarantined>, StoreError> {
+        let read = self.db.begin_read()?;
+        let table = read.open_table(QUARANTINE)?;
+        let from = after.map_or(Bound::Unbounded, Bound::Excluded);
+        let mut rows = Vec::new();
+        for row in table.range((from, Bound::Unbounded))?.take(limit) {
+            rows.push(decode("quarantine", row?.1.value())?);
+        }
+        Ok(rows)
+    }
+
+    /// The first stretch of `blocks` that was read one way: whether that was by hash and not by range again since.
+    pub fn read_one_way(&self, blocks: BlockRange) -> Result<(BlockRange, bool), StoreError> {
+        let read = self.db.begin_read()?;
+        let (from, to) = (blocks.from(), blocks.to());
+        let mut by_hash = None;
+        for run in read.open_table(UNAUDITED)?.range(..=to)?.rev() {
+            let (start, end) = run?;
+            if end.value() <= from {
+                break;
+            }
+            by_hash = Some((start.value(), end.value()));
+        }
+        let (last, is_by_hash) = match by_hash {
+            None => (to, false),
+            Some((start, _)) if start > from => (start - 1, false),
+            Some((_, end)) => (to.min(end - 1), true),
+        };
+        Ok((BlockRange::new(from, last).expect("the first of the blocks is in it"), is_by_hash))
+    }
+
+    /// The events that stand at these places, as far as the log still has them.
+    pub fn standing_at(&self, places: &[Place]) -> Result<BTreeMap<Place, Claimed>, StoreError> {
+        let mut standing = BTreeMap::new();
+        let mut next = (!places.is_empty()).then_some(0);
+        while let Some(position) = next {
+            let page = self.entries_from(position, 10_000)?;
+            for claimed in page.entries {
+                let place = (claimed.entry.block_number, claimed.entry.log_index);
+                if places.contains(&place) {
+                    match claimed.entry.kind {
+                        Kind::Event => standing.insert(place, claimed),
+                        Kind::Retraction { .. } => standing.remove(&place),
+                    };
+                }
+            }
+            next = page.next;
+        }
+        Ok(standing)
+    }
+}

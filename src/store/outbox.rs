@@ -1,0 +1,148 @@
+//! What does not get out by itself: messages that the sink refuses, and logs that do not decode. Which messages these are
+//! is kept in the store, so that they can be named, and given up, also while no relayer runs.
+
+use std::sync::atomic::Ordering;
+
+use redb::{ReadableDatabase, ReadableTable, ReadableTableMetadata, WriteTransaction};
+
+use super::audit::Place;
+use super::lanes::Lanes;
+use super::late::{LateStretch, append, load, put_late};
+use super::opening::now_micros;
+use super::runs::acknowledge;
+use super::schema::{BLOCKED, LATE_READS, LateRead, QUARANTINE, Refusal, decode, encode};
+use super::{Claimed, Quarantined, Store, StoreError, lock, write_progress};
+use crate::event::event_id;
+
+/// A message that is refused.
+#[derive(Clone, Debug)]
+pub struct Blocked {
+    /// The message.
+    pub claimed: Claimed,
+    /// Why it is.
+    pub refusal: Refusal,
+}
+
+impl Store {
+    /// Records what became of messages: `acknowledged` ones are done, `refused` ones block their lanes.
+    pub fn settle(
+        &self,
+        mut acknowledged: Vec<u64>,
+        refused: &[(u64, String, String)],
+    ) -> Result<(), StoreError> {
+        if acknowledged.is_empty() && refused.is_empty() {
+            return Ok(());
+        }
+        let transaction = self.db.begin_write()?;
+        acknowledge(&transaction, &mut acknowledged)?;
+        unblock(&transaction, &acknowledged)?;
+        for (position, lane, reason) in refused {
+            let mut table = transaction.open_table(BLOCKED)?;
+            let before: Option<Refusal> =
+                table.get(position)?.map(|row| decode("blocked", row.value())).transpose()?;
+            let since = before.map_or(now_micros() / 1_000_000, |before| before.since);
+            let refusal = Refusal { lane: lane.clone(), reason: reason.clone(), since };
+            table.insert(position, encode(&refusal)?.as_slice())?;
+        }
+        transaction.commit()?;
+        self.waiting.fetch_sub(acknowledged.len() as u64, Ordering::AcqRel);
+        self.measure(None);
+        Ok(())
+    }
+
+    /// The messages that are refused, oldest first.
+    pub fn blocked(&self) -> Result<Vec<Blocked>, StoreError> {
+        let read = self.db.begin_read()?;
+        let mut refusals = Vec::new();
+        for row in read.open_table(BLOCKED)?.iter()? {
+            let (position, value) = row?;
+            refusals.push((position.value(), decode::<Refusal>("blocked", value.value())?));
+        }
+        drop(read);
+        let mut blocked = Vec::new();
+        for (position, refusal) in refusals {
+            let entry = self.entries_from(position, 1)?.entries.pop();
+            // It may have been taken meanwhile.
+            if let Some(claimed) = entry.filter(|claimed| claimed.position == position) {
+                blocked.push(Blocked { claimed, refusal });
+            }
+        }
+        Ok(blocked)
+    }
+
+    /// Gives up a message that is refused: it counts as done, though nobody has it. `false`: it is refused no more. Whoever
+    /// publishes must have let go of it.
+    pub fn give_up(&self, position: u64) -> Result<bool, StoreError> {
+        let transaction = self.db.begin_write()?;
+        if transaction.open_table(BLOCKED)?.remove(position)?.is_none() {
+            return Ok(false);
+        }
+        acknowledge(&transaction, &mut [position])?;
+        transaction.commit()?;
+        self.waiting.fetch_sub(1, Ordering::AcqRel);
+        self.measure(None);
+        Ok(true)
+    }
+
+    /// Drops a log that did not decode. `false`: there is none at that place.
+    pub fn drop_quarantined(&self, place: Place) -> Result<bool, StoreError> {
+        let _writing = lock(&self.writer);
+        let transaction = self.db.begin_write()?;
+        let dropped = transaction.open_table(QUARANTINE)?.remove(place)?.is_some();
+        transaction.commit()?;
+        Ok(dropped)
+    }
+
+    /// Stores as late what logs say that decode by now, and removes these from the quarantine: together. `places`: where they
+    /// stand, those whose event stands already included. Escrows that they announce are read from block `found.next` on.
+    /// Returns how many events are new, or `None` if one of the logs is there no more: a fork took it.
+    pub fn release(&self, found: &LateStretch, places: &[Place]) -> Result<Option<usize>, StoreError> {
+        let _writing = lock(&self.writer);
+        let mut progress = lock(&self.progress).clone();
+        let transaction = self.db.begin_write()?;
+        for place in places {
+            if transaction.open_table(QUARANTINE)?.remove(place)?.is_none() {
+                return Ok(None);
+            }
+        }
+        let (changed, new) = {
+            let mut lanes = Lanes::open(&transaction, self.epoch)?;
+            let read = LateRead { signatures: Vec::new(), next: found.next, to: 0 };
+            let read_on = !found.announced.is_empty() || !found.announced_earlier.is_empty();
+            let id = match read_on {
+                true => append(&mut transaction.open_table(LATE_READS)?, &read)?,
+                false => 0,
+            };
+            let new = put_late(&transaction, &mut lanes, &mut progress, id, found)?;
+            write_progress(&transaction, &progress)?;
+            (lanes.close()?, new)
+        };
+        transaction.commit()?;
+        *lock(&self.late_reads) = load(&self.db)?;
+        self.moved(progress, changed, 0);
+        Ok(Some(new))
+    }
+}
+
+impl Quarantined {
+    /// Which log it is, as the message of its event would have said.
+    pub fn event_id(&self, chain_id: u64) -> String {
+        event_id(chain_id, &self.block.1, self.log_index)
+    }
+
+    /// Where it stands.
+    pub fn place(&self) -> Place {
+        (self.block.0, self.log_index)
+    }
+}
+
+/// What was acknowledged is refused no more.
+fn unblock(transaction: &WriteTransaction, acknowledged: &[u64]) -> Result<(), StoreError> {
+    let mut table = transaction.open_table(BLOCKED)?;
+    if !table.is_empty()? {
+        for position in acknowledged {
+            table.remove(position)?;
+        }
+    }
+    Ok(())
+}

@@ -293,6 +293,7 @@ impl<C: Chain> Scanner<C> {
     fn looked_well(&mut self) {
         self.looks = 0;
         self.rest = Backoff::growing();
+        self.go_on_retracting();
         self.linked = (self.linked * 2).min(LINKED_BLOCKS);
         if self.ahead.is_empty() {
             self.store.forget_arrivals();

@@ -36,6 +36,7 @@ use crate::config;
 use crate::permit::Permit;
 use crate::store::{Identity, Store};
 use crate::telemetry::metrics;
+use crate::vitals::{Stage, Vitals};
 use lease::Lease;
 
 /// The first snapshot of a run is made after this time at the latest: until then a crash costs all the run has read.
@@ -58,9 +59,15 @@ pub fn configured(storage: &config::Storage) -> Option<Arc<Snapshots<Folder>>> {
 
 impl Keeper {
     /// Waits for the lease. `None`: asked to stop before.
-    pub async fn begin(storage: &config::Storage, folder: &Path, stop: &CancellationToken) -> Option<Self> {
+    pub async fn begin(
+        storage: &config::Storage,
+        folder: &Path,
+        vitals: &Vitals,
+        stop: &CancellationToken,
+    ) -> Option<Self> {
         let volume = Arc::new(Folder::new(folder));
-        let lease = Lease::acquire(Arc::clone(&volume), holder(&storage.path), stop).await?;
+        let lease = Lease::acquire(Arc::clone(&volume), holder(&storage.path), vitals, stop).await?;
+        vitals.entered(Stage::Starting);
         let snapshots = Arc::new(Snapshots::new(volume));
         Some(Self { snapshots, lease, interval: storage.snapshot_interval, keep: storage.snapshot_keep })
     }

@@ -371,7 +371,9 @@ const SECOND: Duration = Duration::from_secs(1);
 
 fn acquire(bucket: &Arc<Bucket>, name: &str) -> tokio::task::JoinHandle<Lease<Bucket>> {
     let (bucket, name) = (Arc::clone(bucket), name.to_owned());
-    tokio::spawn(async move { Lease::acquire(bucket, name, &CancellationToken::new()).await.unwrap() })
+    tokio::spawn(async move {
+        Lease::acquire(bucket, name, &Vitals::default(), &CancellationToken::new()).await.unwrap()
+    })
 }
 
 #[tokio::test(start_paused = true)]
@@ -466,7 +468,11 @@ fn however_instances_come_pause_and_go_no_two_hold_the_lease_at_once() {
         permits: Arc<Mutex<Vec<Arc<Permit>>>>,
     ) {
         sleep(comes * SECOND).await;
-        let Some(mut lease) = Lease::acquire(bucket, name, &CancellationToken::new()).await else { return };
+        let Some(mut lease) =
+            Lease::acquire(bucket, name, &Vitals::default(), &CancellationToken::new()).await
+        else {
+            return;
+        };
         permits.lock().unwrap().push(lease.permit());
         for (works, pauses) in turns {
             tokio::select! {

@@ -355,7 +355,7 @@ fn old_snapshots_are_not_removed_from_under_one_in_the_making() {
     let (_, snapshots) = snapshots();
     let store = lived();
     std::thread::scope(|scope| {
-        let pruning = scope.spawn(|| (0..300).for_each(|_| drop(snapshots.prune(1).unwrap())));
+        let pruning = scope.spawn(|| (0..300).map(|_| snapshots.prune(1).unwrap()).sum::<usize>());
         let mut number = 6;
         while !pruning.is_finished() {
             go_on(&store, number);

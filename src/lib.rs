@@ -170,8 +170,9 @@ impl Relay {
         stop: &CancellationToken,
     ) -> Result<Option<Self>, RelayError> {
         let signatures = signatures(&config)?;
-        let Some((store, keeper)) = open_store(&config, identity(&config, &signatures), added, stop).await?
-        else {
+        let identity = identity(&config, &signatures);
+        let opened = open_store(&config, identity, added, observer.vitals(), stop).await?;
+        let Some((store, keeper)) = opened else {
             return Ok(None);
         };
         let store = Arc::new(store);
@@ -242,7 +243,7 @@ impl Relay {
         let _auditing =
             auditor.map(|auditor| AbortOnDropHandle::new(tokio::spawn(audit(auditor.reporting_to(&vitals)))));
         let (orders, taken) = mpsc::channel(publish::ORDERS);
-        let desk = Desk::beside(
+        let mut desk = Desk::beside(
             self.config.clone(),
             Arc::clone(&self.signatures),
             Arc::clone(&self.store),
@@ -250,6 +251,9 @@ impl Relay {
             orders,
             Arc::clone(&self.observer),
         );
+        if let Some(keeper) = &self.keeper {
+            desk = desk.with_snapshots(keeper.snapshots());
+        }
         // Gone before the store is closed: afterwards the socket may be another relayer's.
         let _serving = control::serve(&self.config.storage.path, desk);
         // Either side's end, good or bad, must reach the other.
@@ -350,6 +354,7 @@ async fn open_store(
     config: &Config,
     identity: Identity,
     added: Added,
+    vitals: &Vitals,
     stop: &CancellationToken,
 ) -> Result<Option<(Store, Option<Keeper>)>, RelayError> {
     let (storage, start_block) = (&config.storage, config.chain.start_block);
@@ -365,7 +370,7 @@ async fn open_store(
     }
     // Whoever has the file has its name for the lease, too.
     let existing = if storage.path.exists() { Some(open(identity.clone())?) } else { None };
-    let Some(keeper) = Keeper::begin(storage, folder, stop).await else {
+    let Some(keeper) = Keeper::begin(storage, folder, vitals, stop).await else {
         return Ok(None);
     };
     let store = match existing {

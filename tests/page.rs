@@ -1,7 +1,9 @@
 //! The page as people see it, in a real browser: on a phone and on a desk, in the light and in the dark.
 //!
 //! Where there is no Chromium these tests say so and pass; `.ci/browser` brings one. With `PICTURES=FOLDER` they leave there
-//! what they looked at; README.md shows one of these.
+//! what they looked at; `docs/page.png`, which README.md shows, is one of these:
+//!
+//!     PICTURES=target .ci/browser cargo test --test page && cp target/page.png docs/
 
 mod common;
 
@@ -86,12 +88,12 @@ async fn assert_clean(browser: &Browser, url: &str) {
 async fn on_a_phone_and_on_a_desk_the_page_says_what_the_status_says_and_nothing_scrolls_sideways() {
     let Some(browser) = Browser::start().await else { return };
     let scene = Scene::new().await;
-    let escrows = scene.world.factory.create_many(12).await;
-    for escrow in &escrows {
-        escrow.send("approve", &[]).await;
+    scene.world.factory.create_many(8).await;
+    for _ in 0..4 {
+        scene.world.factory.create_by("createApproveRelease").await;
     }
     let relayer = scene.start().await;
-    scene.pubsub.wait_for(24).await;
+    scene.pubsub.wait_for(8 + 4 * 4).await;
     browser.open(&scene.url).await;
     let done = "return document.getElementById('waiting').textContent == '0' \
                 && document.getElementById('lag').textContent == '0' \
@@ -129,6 +131,8 @@ async fn on_a_phone_and_on_a_desk_the_page_says_what_the_status_says_and_nothing
             picture(&browser, &format!("page-{width}-{}.png", if dark { "dark" } else { "light" })).await;
         }
     }
+    browser.look_at(1000, false).await;
+    picture(&browser, "page.png").await;
     assert_clean(&browser, &scene.url).await;
     relayer.stop().await;
     browser.close().await;

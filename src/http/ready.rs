@@ -97,12 +97,156 @@ fn warnings(status: &Status) -> Vec<Reason> {
     let mut warnings = Vec::new();
     let blocked = status.sink.blocked_lanes.unwrap_or(0);
     if blocked > 0 {
-        warnings
-            .push(because("blocked_lanes", format!("the sink refuses the first message of {blocked} lanes")));
+        warnings.push(because("blocked_lanes", format!("lanes whose first message is refused: {blocked}")));
     }
     let quarantined = status.events.as_ref().map_or(0, |events| events.quarantined);
     if quarantined > 0 {
-        warnings.push(because("quarantined", format!("{quarantined} logs do not decode and are kept aside")));
+        warnings.push(because(
+            "quarantined",
+            format!("logs kept aside because they do not decode: {quarantined}"),
+        ));
     }
     warnings
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use alloy::primitives::Address;
+
+    use super::*;
+    use crate::status::{ChainStatus, Events, Provider, SinkStatus};
+    use crate::vitals::BlockedLane;
+
+    const EXPECTED: Expectations =
+        Expectations { lag_blocks: 100, age: Duration::from_secs(120), head_age: Duration::from_secs(120) };
+
+    /// Of a relayer that follows the chain, with nothing to complain of.
+    fn well() -> Status {
+        Status {
+            version: "1.0.0".into(),
+            phase: Phase::Following,
+            at: 1_000_000,
+            uptime_seconds: Some(60),
+            chain: ChainStatus {
+                id: 1,
+                factory: Address::ZERO,
+                start_block: Some(0),
+                head: Some(102),
+                head_age_seconds: Some(120),
+                horizon: Some(100),
+                cursor: None,
+                finalized: None,
+                lag_blocks: Some(0),
+                retractions_stopped: false,
+            },
+            escrows: None,
+            events: Some(Events {
+                ever: 10,
+                waiting: 1,
+                oldest_unpublished_seconds: Some(120),
+                oldest_unblocked_seconds: Some(120),
+                published_per_second: None,
+                quarantined: 0,
+                recent: Vec::new(),
+            }),
+            sink: SinkStatus {
+                name: "stdout".into(),
+                outage_since: None,
+                blocked_lanes: Some(0),
+                blocked: Vec::new(),
+                stopped: false,
+            },
+            late_reads: Vec::new(),
+            audit: None,
+            providers: vec![provider(false), provider(true)],
+            rpc_calls: None,
+            faults: Vec::new(),
+        }
+    }
+
+    fn provider(answers: bool) -> Provider {
+        Provider {
+            place: 0,
+            url: "http://a".into(),
+            answers,
+            silent_seconds: None,
+            wrong_chain: false,
+            lag_blocks: 0,
+            in_use: answers,
+        }
+    }
+
+    fn reasons(change: impl FnOnce(&mut Status)) -> Vec<&'static str> {
+        let mut status = well();
+        change(&mut status);
+        let Readiness { ready, reasons, .. } = readiness(&status, &EXPECTED);
+        assert_eq!(ready, reasons.is_empty());
+        reasons.into_iter().map(|it| it.reason).collect()
+    }
+
+    fn events(status: &mut Status) -> &mut Events {
+        status.events.as_mut().unwrap()
+    }
+
+    #[test]
+    fn each_trouble_keeps_it_from_being_ready_and_is_named_and_its_bounds_are_exact() {
+        assert_eq!(reasons(|_| {}), [""; 0]);
+        assert_eq!(reasons(|it| it.chain.lag_blocks = Some(100)), [""; 0]);
+        assert_eq!(reasons(|it| it.chain.lag_blocks = Some(101)), ["behind"]);
+        assert_eq!(reasons(|it| it.chain.head_age_seconds = Some(121)), ["head_not_seen"]);
+        assert_eq!(reasons(|it| it.chain.retractions_stopped = true), ["retractions_stopped"]);
+        assert_eq!(reasons(|it| events(it).oldest_unblocked_seconds = Some(121)), ["events_wait"]);
+        assert_eq!(reasons(|it| it.sink.outage_since = Some(999_990)), ["sink_outage"]);
+        assert_eq!(reasons(|it| it.sink.stopped = true), ["publishing_stopped"]);
+        assert_eq!(reasons(|it| it.providers[1].answers = false), ["no_provider"]);
+        assert_eq!(reasons(|it| it.phase = Phase::Starting), ["starting"]);
+        assert_eq!(reasons(|it| it.phase = Phase::Stopping), ["stopping"]);
+        let worse = |it: &mut Status| {
+            it.phase = Phase::CatchingUp;
+            it.chain.lag_blocks = Some(5_000);
+            it.sink.outage_since = Some(0);
+        };
+        assert_eq!(reasons(worse), ["behind", "sink_outage"], "all at once");
+        assert!(!store_failed("the store failed: no space").ready);
+    }
+
+    #[test]
+    fn while_it_catches_up_a_head_seen_long_ago_is_no_reason() {
+        let far = |it: &mut Status| {
+            it.chain.lag_blocks = Some(50);
+            it.chain.head_age_seconds = Some(5_000);
+        };
+        assert_eq!(reasons(far), [""; 0]);
+    }
+
+    #[test]
+    fn a_standby_is_ready_whatever_it_does_not_know() {
+        let standby = |it: &mut Status| {
+            it.phase = Phase::Standby;
+            it.chain.lag_blocks = None;
+            it.events = None;
+            it.providers = Vec::new();
+        };
+        assert_eq!(reasons(standby), [""; 0]);
+    }
+
+    #[test]
+    fn a_blocked_lane_and_what_does_not_decode_are_warnings_and_no_reasons() {
+        let mut status = well();
+        status.sink.blocked_lanes = Some(1);
+        status.sink.blocked = vec![BlockedLane { lane: "0x01".into(), reason: "too large".into(), since: 0 }];
+        let events = events(&mut status);
+        (events.oldest_unpublished_seconds, events.oldest_unblocked_seconds) = (Some(1_000_000), None);
+        events.quarantined = 3;
+        let Readiness { ready, warnings, .. } = readiness(&status, &EXPECTED);
+        assert!(ready);
+        let warned: Vec<_> = warnings.iter().map(|it| (it.reason, it.text.as_str())).collect();
+        let expected = [
+            ("blocked_lanes", "lanes whose first message is refused: 1"),
+            ("quarantined", "logs kept aside because they do not decode: 3"),
+        ];
+        assert_eq!(warned, expected);
+    }
 }

@@ -149,11 +149,7 @@ impl<C: Chain> Scanner<C> {
             Err(too_many) => return Ok(self.stop_at_cap(too_many.messages)),
         };
         self.suspected = None;
-        if std::mem::take(&mut self.said.cap) {
-            metrics::retractions_stopped(false);
-            self.vitals.retractions_stopped(false);
-            info!("Retractions go on");
-        }
+        self.go_on_retracting();
         self.say_withdrawn(fork, &withdrawal);
         Ok(Step::Progress)
     }
@@ -172,6 +168,15 @@ impl<C: Chain> Scanner<C> {
             self.vitals.retractions_stopped(true);
         }
         Step::Wait(ASK_AGAIN.max(self.settings.poll_interval))
+    }
+
+    /// The fork was followed after all, or blocks are accepted again and it has passed.
+    pub(super) fn go_on_retracting(&mut self) {
+        if std::mem::take(&mut self.said.cap) {
+            metrics::retractions_stopped(false);
+            self.vitals.retractions_stopped(false);
+            info!("Retractions go on");
+        }
     }
 
     fn say_withdrawn(&mut self, fork: Fork, withdrawal: &Withdrawal) {

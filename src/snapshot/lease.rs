@@ -23,14 +23,15 @@ use tracing::{info, warn};
 
 use super::volume::Volume;
 use crate::permit::{Moment, Permit};
+use crate::vitals::{Stage, Vitals};
 
 const FILE: &str = "lease.json";
-const LOOK: Duration = Duration::from_secs(2);
-const TRUST: Duration = Duration::from_secs(5);
-const SETTLE: Duration = Duration::from_secs(7);
+const LOOK: Duration = Duration::from_secs(1);
+const TRUST: Duration = Duration::from_secs(4);
+const SETTLE: Duration = Duration::from_secs(5);
 /// A bucket bears one change of a file a second.
-const BEAT: Duration = Duration::from_secs(6);
-const EXPIRY: Duration = Duration::from_secs(30);
+const BEAT: Duration = Duration::from_secs(4);
+const EXPIRY: Duration = Duration::from_secs(20);
 
 /// What is in the file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -58,15 +59,20 @@ pub(super) struct Lost;
 
 impl<V: Volume> Lease<V> {
     /// Waits until the lease is free, and takes it. `None`: asked to stop before.
-    pub async fn acquire(volume: Arc<V>, holder: String, stop: &CancellationToken) -> Option<Self> {
+    pub async fn acquire(
+        volume: Arc<V>,
+        holder: String,
+        vitals: &Vitals,
+        stop: &CancellationToken,
+    ) -> Option<Self> {
         tokio::select! {
             biased;
             () = stop.cancelled() => None,
-            lease = Self::wait_for(volume, holder) => Some(lease),
+            lease = Self::wait_for(volume, holder, vitals) => Some(lease),
         }
     }
 
-    async fn wait_for(volume: Arc<V>, holder: String) -> Self {
+    async fn wait_for(volume: Arc<V>, holder: String, vitals: &Vitals) -> Self {
         // What was seen last, and since when it has been that.
         let mut seen: Option<(Option<Claim>, Instant)> = None;
         let mut said = false;
@@ -92,6 +98,7 @@ impl<V: Volume> Lease<V> {
                         continue;
                     }
                     if !std::mem::replace(&mut said, true) {
+                        vitals.entered(Stage::Standby);
                         info!("Another instance holds the lease: standing by until it ends");
                     }
                     seen = Some((claim, since));

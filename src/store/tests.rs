@@ -1,6 +1,7 @@
 mod clock;
 mod crash;
 mod rows;
+mod status;
 mod stuck;
 mod values;
 

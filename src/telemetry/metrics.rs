@@ -121,6 +121,7 @@ pub fn install() -> Option<PrometheusHandle> {
         "relayer_provider_in_use",
         "relayer_retractions_stopped",
         "relayer_audit_escrow_count_differs",
+        "relayer_snapshot_timestamp_seconds",
     ] {
         gauge!(name).set(0.0);
     }

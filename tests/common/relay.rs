@@ -3,10 +3,12 @@
 //! - [`Setup`]: folder and variables; [`Running`]: a process; [`Finished`]: what it left behind.
 //! - `truth`: what must come out, made from the node's raw logs, without a line of the code under test.
 //! - `proxy`: between relayer and node, to count and to look; `faults`: the same, to fail and to lie.
+//! - `pages`: its HTTP pages.
 //!
 //! Nothing here sleeps and hopes: whoever waits is told of changes, and panics when a deadline passes.
 
 pub mod faults;
+pub mod pages;
 pub mod proxy;
 pub mod truth;
 
@@ -361,6 +363,16 @@ impl Running {
     pub async fn interrupted(self) -> Finished {
         self.signal("-INT");
         self.ended().await
+    }
+
+    /// SIGSTOP: it does nothing until it is thawed.
+    pub fn freeze(&self) {
+        self.signal("-STOP");
+    }
+
+    /// SIGCONT.
+    pub fn thaw(&self) {
+        self.signal("-CONT");
     }
 
     /// SIGKILL.

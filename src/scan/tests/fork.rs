@@ -99,11 +99,13 @@ async fn a_fork_that_would_withdraw_too_much_stops_reading_until_it_passes() {
     read.fork();
     read.steps_for(Duration::from_secs(300)).await;
     assert_eq!((read.standing(), read.store.cursor().unwrap().number), (2, 2), "two is more than one");
+    assert!(read.scanner.vitals.now_known().retractions_stopped);
     // The chain is again what it was.
     *read.chain.blocks.lock().unwrap() = original;
     read.chain.extend(&[], &[1]);
     read.steps_for(Duration::from_secs(5)).await;
     assert_eq!((read.standing(), read.store.cursor().unwrap().number), (3, 3));
+    assert!(!read.scanner.vitals.now_known().retractions_stopped);
 }
 
 #[tokio::test(start_paused = true)]

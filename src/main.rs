@@ -88,12 +88,16 @@ enum Command {
         #[command(subcommand)]
         command: outbox::Command,
     },
-    /// Publishes the messages of a range of blocks again, exactly as they were, with the attribute replay=true. Only what
-    /// was acknowledged before; and in order with whatever a running relayer publishes meanwhile. Ctrl-C stops it.
+    /// Publishes the messages of a range of blocks again.
+    ///
+    /// Exactly as they were, with the attribute replay=true. Only what was acknowledged before; and in order with whatever a
+    /// running relayer publishes meanwhile. Ctrl-C stops it.
     #[command(after_help = "Example: relayer replay --from 9508300 --to 9510000")]
     Replay(replay::Replay),
-    /// Reads a range of blocks again another way, from another provider where there is one, and compares it with what was
-    /// relayed. Prints what is missing, extra or different; exit 1 if anything is. Changes nothing.
+    /// Compares a range of blocks with what was relayed.
+    ///
+    /// Reads it again another way, from another provider where there is one, and prints what is missing, extra or different;
+    /// exit 1 if anything is. Changes nothing.
     #[command(after_help = "Example: relayer verify --from 9508300 --to 9510000 --json")]
     Verify(verify::Verify),
     /// Makes, lists and restores copies of the store in storage.snapshot_dir.

@@ -334,10 +334,15 @@ impl World {
         let Some(Running { store, stop, task }) = self.relayer.take() else {
             return Ok(());
         };
-        drop(store); // else the file stays locked
+        let held = Arc::downgrade(&store);
+        drop(store);
         stop.cancel();
         let ending = task.await??;
         ensure!(ending == Ending::Stopped, "the relayer was asked to stop, and ended with {ending:?}");
+        // What it was at may hold the file a moment longer: until then it is locked.
+        while held.strong_count() > 0 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
         Ok(())
     }
 

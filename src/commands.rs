@@ -4,6 +4,7 @@
 pub(crate) mod escrows;
 pub(crate) mod outbox;
 pub(crate) mod replay;
+pub(crate) mod snapshot;
 pub(crate) mod status;
 pub(crate) mod verify;
 

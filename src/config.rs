@@ -320,8 +320,8 @@ pub struct Sources {
     pub directory: PathBuf,
 }
 
-/// Set by Cloud Run, for a service and for a job.
-const CLOUD_RUN: [&str; 2] = ["K_SERVICE", "CLOUD_RUN_JOB"];
+/// Set by Cloud Run, for a service, a job and a worker pool.
+const CLOUD_RUN: [&str; 3] = ["K_SERVICE", "CLOUD_RUN_JOB", "CLOUD_RUN_WORKER_POOL"];
 
 impl Sources {
     /// With the process's environment and working directory.

@@ -33,7 +33,7 @@ pub use client::{Answers, ask};
 pub use desk::Desk;
 pub use rows::{
     BlockedRow, Discarded, EscrowRow, FindingRow, FoundRow, Imported, MessageRow, OutboxRow, QuarantinedRow,
-    RegistryRow, ReplayRow, RetryRow, Shown, Totals, VerifyRow,
+    RegistryRow, ReplayRow, RetryRow, Shown, SnapshotRow, Totals, VerifyRow,
 };
 pub use server::{Serving, serve};
 pub use socket::{connect, socket_path};
@@ -98,6 +98,8 @@ pub enum Request {
         /// Of this escrow alone.
         escrow: Option<Address>,
     },
+    /// Makes a snapshot: one [`SnapshotRow`].
+    Snapshot,
     /// Compares the chain with what was relayed: [`VerifyRow`]s.
     Verify {
         /// The first block.

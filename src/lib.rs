@@ -170,9 +170,8 @@ impl Relay {
         stop: &CancellationToken,
     ) -> Result<Option<Self>, RelayError> {
         let signatures = signatures(&config)?;
-        let identity = identity(&config, &signatures);
-        let opened = open_store(&config, identity, added, observer.vitals(), stop).await?;
-        let Some((store, keeper)) = opened else {
+        let (identity, vitals) = (identity(&config, &signatures), observer.vitals());
+        let Some((store, keeper)) = open_store(&config, identity, added, vitals, stop).await? else {
             return Ok(None);
         };
         let store = Arc::new(store);
@@ -243,7 +242,7 @@ impl Relay {
         let _auditing =
             auditor.map(|auditor| AbortOnDropHandle::new(tokio::spawn(audit(auditor.reporting_to(&vitals)))));
         let (orders, taken) = mpsc::channel(publish::ORDERS);
-        let desk = Desk::beside(
+        let mut desk = Desk::beside(
             self.config.clone(),
             Arc::clone(&self.signatures),
             Arc::clone(&self.store),
@@ -251,6 +250,9 @@ impl Relay {
             orders,
             Arc::clone(&self.observer),
         );
+        if let Some(keeper) = &self.keeper {
+            desk = desk.with_snapshots(keeper.snapshots());
+        }
         // Before the store: afterwards the socket may be another relayer's.
         let _serving = control::serve(&self.config.storage.path, desk);
         // Either side's end, good or bad, must reach the other.
@@ -370,6 +372,7 @@ async fn open_store(
     let Some(keeper) = Keeper::begin(storage, folder, vitals, stop).await else {
         return Ok(None);
     };
+    vitals.entered(Stage::Starting);
     let store = match existing {
         Some(store) => {
             keeper.is_newest(&store, &storage.path).await?;

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use clap::{Args, Parser, Subcommand};
-use commands::{escrows, outbox, replay, status, verify};
+use commands::{escrows, outbox, replay, snapshot, status, verify};
 use relayer::config::{Config, Sources};
 use relayer::scan::Until;
 use relayer::status::Observer;
@@ -96,6 +96,11 @@ enum Command {
     /// relayed. Prints what is missing, extra or different; exit 1 if anything is. Changes nothing.
     #[command(after_help = "Example: relayer verify --from 9508300 --to 9510000 --json")]
     Verify(verify::Verify),
+    /// Makes, lists and restores copies of the store in storage.snapshot_dir.
+    Snapshot {
+        #[command(subcommand)]
+        command: snapshot::Command,
+    },
     /// Prints the effective configuration, each value with where it came from; secrets are hidden.
     Config,
 }
@@ -160,6 +165,7 @@ fn execute(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Escrows { command } => runtime.block_on(escrows::execute(&config, command)),
         Command::Outbox { command } => runtime.block_on(outbox::execute(&config, command)),
         Command::Replay(replay) => runtime.block_on(replay::execute(&config, replay)),
+        Command::Snapshot { command } => runtime.block_on(snapshot::execute(&config, command)),
         Command::Verify(verify) => runtime.block_on(verify::execute(&config, verify)),
     };
     // A write that hangs must not hold up the exit.

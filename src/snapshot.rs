@@ -36,7 +36,7 @@ use crate::config;
 use crate::permit::Permit;
 use crate::store::{Identity, Store};
 use crate::telemetry::metrics;
-use crate::vitals::{Stage, Vitals};
+use crate::vitals::Vitals;
 use lease::Lease;
 
 /// The first snapshot of a run is made after this time at the latest: until then a crash costs all the run has read.
@@ -67,7 +67,6 @@ impl Keeper {
     ) -> Option<Self> {
         let volume = Arc::new(Folder::new(folder));
         let lease = Lease::acquire(Arc::clone(&volume), holder(&storage.path), vitals, stop).await?;
-        vitals.entered(Stage::Starting);
         let snapshots = Arc::new(Snapshots::new(volume));
         Some(Self { snapshots, lease, interval: storage.snapshot_interval, keep: storage.snapshot_keep })
     }
@@ -89,17 +88,31 @@ impl Keeper {
         Ok(())
     }
 
+    /// The snapshots.
+    pub fn snapshots(&self) -> &Arc<Snapshots<Folder>> {
+        &self.snapshots
+    }
+
+    /// Gives the lease up.
+    pub async fn release(self) {
+        self.lease.release().await;
+    }
+
     /// Whether the store may go on: not if another instance has gone on from one of its snapshots since.
     pub async fn is_newest(&self, store: &Store, path: &Path) -> Result<(), SnapshotError> {
         let snapshots = Arc::clone(&self.snapshots);
         let listed = joined(spawn_blocking(move || snapshots.list()).await)?;
-        let newest =
-            listed.iter().filter_map(|listed| listed.manifest.as_ref().ok()).max_by_key(|it| it.epoch);
-        match newest {
-            Some(newest) if newest.epoch > store.epoch() => {
-                Err(SnapshotError::Outlived { path: path.display().to_string(), newest: newest.file() })
+        let restored_from = store.restored_from()?;
+        let another_went_on = |manifest: &&Manifest| {
+            let since = restored_from.is_some_and(|number| manifest.number > number);
+            manifest.epoch > store.epoch() || since && manifest.epoch != store.epoch()
+        };
+        match listed.iter().filter_map(|listed| listed.manifest.as_ref().ok()).find(another_went_on) {
+            Some(newest) => {
+                let (path, newest) = (path.display().to_string(), newest.file());
+                Err(SnapshotError::Outlived { path, newest })
             }
-            Some(_) | None => Ok(()),
+            None => Ok(()),
         }
     }
 

@@ -1,5 +1,9 @@
 //! The README says what is so: each key with its default and its variable, and the commands that `.ci/run` runs.
 
+#[allow(dead_code, reason = "each test file uses some of it")]
+#[path = "common/sources.rs"]
+mod sources;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::process::Command;
@@ -147,25 +151,14 @@ fn every_reason_of_readiness_stands_in_the_readme() {
 
 #[test]
 fn what_the_table_of_failures_promises_to_be_seen_is_what_the_program_says() {
-    fn texts(folder: &Path, all: &mut String) {
-        for entry in std::fs::read_dir(folder).expect("a folder").map(|entry| entry.expect("an entry").path())
-        {
-            match entry.is_dir() {
-                true => texts(&entry, all),
-                false => all.push_str(&std::fs::read_to_string(&entry).expect("a source file")),
-            }
-        }
-    }
-    let mut program = String::new();
-    texts(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), &mut program);
-
+    let program = sources::program();
     let section = README.split("## What fails, and what it does").nth(1).expect("the section is there");
     let rows =
         section.split("\n## ").next().expect("it has an end").lines().filter(|line| line.starts_with("| "));
     let mut quoted = 0;
     for row in rows.skip(1) {
         let seen = row.split(" | ").nth(1).expect("a second column");
-        for phrase in seen.split('`').skip(1).step_by(2) {
+        for phrase in sources::quoted(seen) {
             assert!(program.contains(phrase), "the program never says `{phrase}`");
             quoted += 1;
         }

@@ -6,13 +6,14 @@ use alloy::primitives::Address;
 use tokio::sync::mpsc;
 use tracing::info;
 
-use super::rows::{EscrowRow, FindingRow, Imported, RegistryRow, VerifyRow};
+use super::rows::{EscrowRow, FindingRow, Imported, RegistryRow, SnapshotRow, VerifyRow};
 use super::{IMPORTED_AT_ONCE, PAGE, Progress, Refusal, Replies, Request};
 use crate::config::Config;
 use crate::event::{BlockRange, Signatures};
 use crate::publish::Order;
 use crate::rpc::Rpc;
 use crate::scan::{Difference, Finding, Verifier};
+use crate::snapshot::{Folder, Listed, Snapshots};
 use crate::status::{Observer, Status};
 use crate::store::{Store, StoreError, on_disk};
 
@@ -22,6 +23,8 @@ pub struct Desk {
     pub(super) signatures: Arc<Signatures>,
     pub(super) store: Arc<Store>,
     pub(super) rpc: Arc<Rpc>,
+    /// Where snapshots go.
+    snapshots: Option<Arc<Snapshots<Folder>>>,
     /// The relayer at work; `None`: none runs on this store.
     relaying: Option<Relaying>,
 }
@@ -41,7 +44,24 @@ impl Desk {
         orders: mpsc::Sender<Order>,
         observer: Arc<Observer>,
     ) -> Self {
-        Self { config, signatures, store, rpc, relaying: Some(Relaying { orders, observer }) }
+        Self {
+            config,
+            signatures,
+            store,
+            rpc,
+            snapshots: None,
+            relaying: Some(Relaying { orders, observer }),
+        }
+    }
+
+    /// Makes snapshots there, when asked to.
+    pub fn with_snapshots(self, snapshots: &Arc<Snapshots<Folder>>) -> Self {
+        Self { snapshots: Some(Arc::clone(snapshots)), ..self }
+    }
+
+    /// The store.
+    pub fn store(&self) -> &Store {
+        &self.store
     }
 
     /// On a store that no relayer runs on.
@@ -51,7 +71,7 @@ impl Desk {
         store: Arc<Store>,
     ) -> Result<Self, reqwest::Error> {
         let rpc = Arc::new(Rpc::new(config.chain.id, &config.rpc)?);
-        Ok(Self { config, signatures, store, rpc, relaying: None })
+        Ok(Self { config, signatures, store, rpc, snapshots: None, relaying: None })
     }
 
     /// The publisher at work.
@@ -71,6 +91,7 @@ impl Desk {
             Request::Discard { event_ids } => self.discard(&event_ids, to).await,
             Request::Retry { which } => self.retry(&which, to).await,
             Request::Replay { from, to: last, escrow } => self.replay(range(from, last)?, escrow, to).await,
+            Request::Snapshot => self.snapshot(to).await,
             Request::Verify { from, to: last } => self.verify(range(from, last)?, to).await,
         }
     }
@@ -134,6 +155,17 @@ impl Desk {
         let (new, known) = (imported.new, imported.known);
         info!(new, known, from, "Imported {new} escrows, whose events count from block {from} on");
         to.row(&Imported { new, known, next_block, running }).await
+    }
+
+    async fn snapshot(&self, to: &Replies) -> Result<(), Refusal> {
+        let no_folder = "storage.snapshot_dir is not set: set it to a folder for snapshots, and start the relayer with it";
+        let snapshots = self.snapshots.as_ref().ok_or_else(|| Refusal::usage(no_folder))?;
+        let (snapshots, store) = (Arc::clone(snapshots), Arc::clone(&self.store));
+        let made = tokio::task::spawn_blocking(move || snapshots.create(&store, None));
+        let refuse = |why: String| Refusal::fault(format!("no snapshot was made: {why}"));
+        let made = made.await.map_err(|error| refuse(error.to_string()))?;
+        let manifest = made.map_err(|error| refuse(error.to_string()))?;
+        to.row(&SnapshotRow::from(&Listed { file: manifest.file(), manifest: Ok(manifest) })).await
     }
 
     async fn verify(&self, asked: BlockRange, to: &Replies) -> Result<(), Refusal> {

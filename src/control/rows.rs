@@ -4,6 +4,7 @@ use alloy::primitives::{Address, B256, Bytes};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
+use crate::snapshot::Listed;
 use crate::store::{Escrow, EscrowState};
 
 /// An answer to [`Request::Escrows`](super::Request::Escrows).
@@ -304,4 +305,35 @@ pub struct FindingRow {
     /// Whether the block cannot leave the chain any more.
     #[serde(rename = "final")]
     pub is_final: bool,
+}
+
+/// A snapshot in `storage.snapshot_dir`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotRow {
+    /// The file of its manifest.
+    pub snapshot: String,
+    /// When it was made, as RFC 3339 writes it.
+    pub made_at: Option<String>,
+    /// The block that is read next by who is restored from it.
+    pub next_block: Option<u64>,
+    /// How many messages there were.
+    pub messages: Option<u64>,
+    /// The bytes of its parts; snapshots share those that did not change.
+    pub bytes: Option<u64>,
+    /// Why it cannot be used, if it cannot.
+    pub damaged: Option<String>,
+}
+
+impl From<&Listed> for SnapshotRow {
+    fn from(Listed { file, manifest }: &Listed) -> Self {
+        let (manifest, damaged) = (manifest.as_ref().ok(), manifest.as_ref().err().cloned());
+        Self {
+            snapshot: file.clone(),
+            made_at: manifest.map(|it| it.made_at.clone()),
+            next_block: manifest.and_then(|it| it.cursor).map(|(number, _)| number + 1),
+            messages: manifest.map(|it| it.entries),
+            bytes: manifest.map(|it| it.bytes()),
+            damaged,
+        }
+    }
 }

@@ -160,6 +160,7 @@ fn name(request: &Request) -> &'static str {
         Request::Discard { .. } => "discard",
         Request::Retry { .. } => "retry",
         Request::Replay { .. } => "replay",
+        Request::Snapshot => "snapshot",
         Request::Verify { .. } => "verify",
     }
 }

@@ -113,7 +113,7 @@ pub struct Snapshots<V> {
     volume: Arc<V>,
     /// Files of parts that this process wrote, and read back as they were written.
     kept: Mutex<HashSet<String>>,
-    /// One is made at a time.
+    /// One is made at a time, and none while old ones are removed: its parts are nobody's until it is done.
     making: Mutex<()>,
 }
 
@@ -203,6 +203,7 @@ impl<V: Volume> Snapshots<V> {
     /// Removes all but the newest `keep` snapshots, and the parts that none of those needs. If one of them cannot be read,
     /// nobody knows what it needs: then nothing is removed.
     pub fn prune(&self, keep: usize) -> Result<usize, SnapshotError> {
+        let _making = self.making.lock().expect("nothing panics with it");
         let listed = self.list()?;
         let (kept, gone) = listed.split_at(keep.min(listed.len()));
         let mut needed = HashSet::new();
@@ -278,7 +279,7 @@ impl<V: Volume> Snapshots<V> {
                 false => Err(Unusable::Damaged(format!("{} is damaged", part.file()))),
             }
         });
-        store::restore(path, pieces)
+        store::restore(path, manifest.number, pieces)
     }
 }
 

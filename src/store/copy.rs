@@ -15,7 +15,7 @@ use redb::{
 use super::opening::{builder, now_micros, open_error, put_in_place, read_life, unfinished};
 use super::schema::{
     ACKNOWLEDGED, BLOCKED, BLOCKS, DIGESTS, EVENT_LOG, IDENTITY, Identity, LATE_READS, MARKS, META,
-    QUARANTINE, REGISTRY, UNAUDITED, damaged, encode,
+    QUARANTINE, REGISTRY, RESTORED_FROM, UNAUDITED, damaged, encode,
 };
 use super::{Store, StoreError, unbroken};
 use crate::event::BlockRef;
@@ -140,6 +140,12 @@ fn ends(size: usize, key: &[u8], value: &[u8]) -> bool {
 }
 
 impl Store {
+    /// The number of the snapshot it was made of, if it was.
+    pub fn restored_from(&self) -> Result<Option<u64>, StoreError> {
+        let read = self.db.begin_read()?;
+        Ok(read.open_table(MARKS)?.get(RESTORED_FROM)?.map(|mark| mark.value()))
+    }
+
     /// Hands all rows to `put`, as they stand at one moment, while everything goes on. `None`: `put` said to stop.
     ///
     /// Where a piece ends depends on the row it ends with: a change of some rows leaves the pieces without them as they
@@ -173,9 +179,11 @@ impl Store {
 }
 
 /// Makes a store at `path`, where there is none, of the pieces of a copy: in another life, since what was published after the
-/// copy was made is not in it. It is there whole or not at all. `pieces` gives table and bytes, or breaks off with an error.
+/// copy was made is not in it. It is there whole or not at all. `pieces` gives table and bytes, or breaks off with an error;
+/// `number` says later which copy it was.
 pub fn restore<E: From<StoreError>>(
     path: &Path,
+    number: u64,
     pieces: impl Iterator<Item = Result<(String, Vec<u8>), E>>,
 ) -> Result<(), E> {
     let db = begin(path)?;
@@ -183,7 +191,7 @@ pub fn restore<E: From<StoreError>>(
         let (name, bytes) = piece?;
         unbroken(path, || load(&db, &name, &bytes))?;
     }
-    unbroken(path, || begin_anew(&db))?;
+    unbroken(path, || begin_anew(&db, number))?;
     drop(db);
     Ok(put_in_place(path)?)
 }
@@ -208,7 +216,7 @@ fn load(db: &Database, name: &str, bytes: &[u8]) -> Result<(), StoreError> {
     Ok(())
 }
 
-fn begin_anew(db: &Database) -> Result<(), StoreError> {
+fn begin_anew(db: &Database, number: u64) -> Result<(), StoreError> {
     let life = read_life(&db.begin_read()?)?;
     let (mut life, _) = life.ok_or_else(|| damaged("meta", "the copy has none".into()))?;
     life.epoch = now_micros().max(life.epoch + 1);
@@ -217,6 +225,7 @@ fn begin_anew(db: &Database) -> Result<(), StoreError> {
         table.write(&transaction, &[])?;
     }
     transaction.open_table(META)?.insert(IDENTITY, encode(&life)?.as_slice())?;
+    transaction.open_table(MARKS)?.insert(RESTORED_FROM, number)?;
     transaction.commit()?;
     Ok(())
 }
@@ -245,7 +254,7 @@ mod tests {
         let mut row = Vec::new();
         push_row(&mut row, &7u64.to_le_bytes(), b"a value");
         let with = |table: &str, bytes: &[u8]| -> Result<(), StoreError> {
-            restore(&path, [Ok((table.to_owned(), bytes.to_vec()))].into_iter())
+            restore(&path, 1, [Ok((table.to_owned(), bytes.to_vec()))].into_iter())
         };
         for length in 1..row.len() {
             let damaged = with("event_log", &row[..length]);

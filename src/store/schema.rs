@@ -41,6 +41,9 @@ pub(super) const WATERMARK: &str = "watermark";
 /// The highest block of which an entry was pruned.
 pub(super) const PRUNED_BLOCK: &str = "pruned_block";
 
+/// The number of the snapshot this store was made of.
+pub(super) const RESTORED_FROM: &str = "restored_from";
+
 /// Before a signature: the block from which on its events count, if it was added and its history was not read.
 pub(super) const COUNTS_FROM: &str = "counts from ";
 /// The first block whose events all have digests.

@@ -359,6 +359,16 @@ impl Running {
         self.ended().await.good()
     }
 
+    /// SIGSTOP: it does nothing until it is thawed.
+    pub fn freeze(&self) {
+        self.signal("-STOP");
+    }
+
+    /// SIGCONT.
+    pub fn thaw(&self) {
+        self.signal("-CONT");
+    }
+
     /// SIGKILL.
     pub async fn kill(self) -> Finished {
         self.signal("-KILL");

@@ -1,0 +1,294 @@
+//! Snapshots in a folder that outlives the store, and the lease that goes with them: real processes, a real chain, a broker
+//! that keeps all it was given.
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use common::relay::{Running, free_port};
+use common::{Line, PubSub, Setup, World};
+use serde_json::Value;
+use tempfile::TempDir;
+
+const TOPIC: &str = "projects/test-project/topics/settlement.events.v1";
+
+/// A world whose relayers publish to one broker and keep snapshots in one folder; each has a machine of its own.
+struct Fleet {
+    world: World,
+    pubsub: PubSub,
+    volume: TempDir,
+}
+
+impl Fleet {
+    async fn new() -> Fleet {
+        let mut world = World::new().await;
+        let (pubsub, volume) = (PubSub::start().await, tempfile::tempdir().expect("a folder can be made"));
+        pubsub.create_topic(TOPIC);
+        world.setup.set("PUBSUB_EMULATOR_HOST", pubsub.endpoint());
+        world.setup.set("PUBSUB_PROJECT_ID", "test-project");
+        world.setup.set("RELAYER_STORAGE__SNAPSHOT_DIR", volume.path().join("snapshots").display());
+        Fleet { world, pubsub, volume }
+    }
+
+    /// A machine without a store.
+    fn machine(&self) -> Setup {
+        self.world.setup.anew()
+    }
+
+    async fn live(&self, escrows: u64) {
+        for escrow in self.world.factory.create_many(escrows).await {
+            escrow.send("approve", &[]).await;
+        }
+    }
+
+    /// Waits until everything on the chain has arrived.
+    async fn wait(&self) {
+        let events = self.world.truth().await.len();
+        self.pubsub.wait_until("all events", |messages| firsts(&lines(messages)).0.len() >= events).await;
+    }
+
+    /// Everything arrived, in order; how many came again. What comes again says the same.
+    async fn assert_whole(&self) -> usize {
+        let (mut firsts, repeats) = firsts(&lines(&self.pubsub.messages()));
+        for line in &mut firsts {
+            // Each life of the store has its own.
+            line.attributes.insert("epoch".to_owned(), "1".to_owned());
+        }
+        self.world.truth().await.assert_is(&firsts);
+        repeats
+    }
+
+    fn snapshots(&self) -> Vec<PathBuf> {
+        let folder = self.volume.path().join("snapshots");
+        let files = fs::read_dir(folder).expect("it is there").map(|file| file.expect("readable").path());
+        let mut manifests: Vec<PathBuf> =
+            files.filter(|file| file.extension().is_some_and(|extension| extension == "json")).collect();
+        manifests.retain(|file| !file.ends_with("lease.json"));
+        manifests.sort();
+        manifests
+    }
+}
+
+fn lines(messages: &[common::pubsub::Message]) -> Vec<Line> {
+    messages.iter().map(Line::of).collect()
+}
+
+/// The first of each event, and how many came again: with the same body and key, whatever life of a store sent them.
+fn firsts(lines: &[Line]) -> (Vec<Line>, usize) {
+    let (mut seen, mut firsts): (BTreeMap<&str, &Line>, Vec<Line>) = Default::default();
+    for line in lines {
+        match seen.get(line.event_id()) {
+            None => {
+                seen.insert(line.event_id(), line);
+                firsts.push(line.clone());
+            }
+            Some(first) => {
+                assert_eq!(
+                    (&line.data, &line.ordering_key),
+                    (&first.data, &first.ordering_key),
+                    "it says the same"
+                );
+            }
+        }
+    }
+    let repeats = lines.len() - firsts.len();
+    (firsts, repeats)
+}
+
+async fn started(setup: &Setup) -> Running {
+    let mut relayer = setup.start(&["run"]);
+    relayer.wait_logged("Relaying from block").await;
+    relayer
+}
+
+#[tokio::test]
+async fn a_store_that_is_gone_comes_back_from_the_snapshot_of_its_end_and_nothing_repeats() {
+    let fleet = Fleet::new().await;
+    fleet.live(5).await;
+    let relayer = started(&fleet.machine()).await;
+    fleet.wait().await;
+    relayer.stop().await;
+    fleet.live(3).await;
+    let mut relayer = started(&fleet.machine()).await;
+    relayer.wait_logged("Restored the snapshot of").await;
+    fleet.live(1).await;
+    fleet.wait().await;
+    relayer.stop().await;
+    assert_eq!(fleet.assert_whole().await, 0);
+    let epochs =
+        lines(&fleet.pubsub.messages()).iter().map(|line| line.attributes["epoch"].clone()).collect();
+    let epochs: std::collections::BTreeSet<String> = epochs;
+    assert_eq!(epochs.len(), 2, "another life of the store has another epoch");
+}
+
+#[tokio::test]
+async fn after_a_kill_what_came_since_the_last_snapshot_that_is_whole_comes_again_and_no_more() {
+    let fleet = Fleet::new().await;
+    let machine = fleet.machine();
+    fleet.live(4).await;
+    let relayer = started(&machine).await;
+    fleet.wait().await;
+    let made = machine.run(&["snapshot", "create"]).await.good();
+    assert_eq!(made.stdout, ["snapshot-000000000001.json"]);
+    let kept = fleet.pubsub.messages().len();
+    fleet.live(3).await;
+    fleet.wait().await;
+    machine.run(&["snapshot", "create"]).await.good();
+    relayer.kill().await;
+    let published = fleet.pubsub.messages().len();
+
+    // The newest is damaged: one of its parts.
+    let newest = fleet.snapshots().pop().expect("there are two");
+    damage_a_part_of(&newest, &fleet.volume.path().join("snapshots"));
+    let other = fleet.machine();
+    let listed = other.run(&["snapshot", "list", "--json"]).await.good().stdout.join("\n");
+    let listed: Vec<Value> = serde_json::from_str(&listed).expect("JSON");
+    assert_eq!(listed.len(), 2);
+
+    // The lease of who was killed expires first.
+    let mut relayer = started(&other).await;
+    relayer.wait_said("The snapshot snapshot-000000000002.json cannot be used").await;
+    fleet.live(1).await;
+    fleet.wait().await;
+    relayer.stop().await;
+    assert_eq!(fleet.assert_whole().await, published - kept, "what was published after the first snapshot");
+
+    // The machine that was killed comes back with its old store: another one has gone on.
+    let refused = machine.run(&["run"]).await;
+    refused.failed_with(2, &["is older than the newest snapshot", "move the file away"]);
+}
+
+fn damage_a_part_of(manifest: &Path, folder: &Path) {
+    let text = fs::read_to_string(manifest).expect("it is there");
+    let manifest: Value = serde_json::from_str(text.lines().next().expect("a line")).expect("JSON");
+    let parts = manifest["parts"].as_array().expect("parts");
+    let part = parts.iter().find(|part| part["table"] == "event_log").expect("there are events");
+    let file = folder.join("parts").join(part["sha256"].as_str().expect("a name"));
+    let mut bytes = fs::read(&file).expect("it is there");
+    bytes[20] ^= 1;
+    fs::write(&file, bytes).expect("it can be written");
+}
+
+#[tokio::test]
+async fn during_a_rollout_the_new_instance_stands_by_ready_until_the_old_one_has_ended() {
+    let fleet = Fleet::new().await;
+    let old = started(&fleet.machine()).await;
+    let port = free_port();
+    let new = fleet.machine().with("RELAYER_HTTP__LISTEN", format!("127.0.0.1:{port}"));
+    let mut new = new.start(&["run"]);
+    new.wait_logged("standing by").await;
+    let page = |path: &str| reqwest::get(format!("http://127.0.0.1:{port}{path}"));
+    assert_eq!(page("/healthz").await.expect("it answers").status(), 200);
+    assert_eq!(page("/readyz").await.expect("it answers").status(), 200);
+    let status: Value = page("/status").await.expect("it answers").json().await.expect("JSON");
+    assert_eq!(status["phase"], "standby", "{status}");
+    for _ in 0..3 {
+        fleet.live(2).await;
+        fleet.wait().await;
+    }
+    let ended = old.stop().await;
+    assert!(ended.stderr.contains("Snapshot snapshot-"), "{}", ended.stderr);
+    new.wait_logged("Restored the snapshot of").await;
+    fleet.live(2).await;
+    fleet.wait().await;
+    new.stop().await;
+    assert_eq!(fleet.assert_whole().await, 0);
+}
+
+#[tokio::test]
+async fn an_instance_that_was_frozen_publishes_nothing_once_another_has_taken_over() {
+    let fleet = Fleet::new().await;
+    let mut frozen = started(&fleet.machine()).await;
+    fleet.live(2).await;
+    fleet.wait().await;
+    frozen.freeze();
+    fleet.live(2).await;
+    let other = started(&fleet.machine()).await;
+    fleet.wait().await;
+    let before = epochs(&fleet);
+    frozen.thaw();
+    frozen.wait_said("has taken the lease").await;
+    frozen.ended().await.failed_with(1, &["another instance has taken the lease"]);
+    fleet.live(2).await;
+    fleet.wait().await;
+    other.stop().await;
+    fleet.assert_whole().await;
+    let first = before.keys().next().expect("two lives");
+    assert_eq!((before.len(), epochs(&fleet)[first]), (2, before[first]), "the frozen one sent nothing more");
+}
+
+/// How many messages each life of a store has sent, the oldest first.
+fn epochs(fleet: &Fleet) -> BTreeMap<String, usize> {
+    let mut epochs = BTreeMap::new();
+    for line in lines(&fleet.pubsub.messages()) {
+        *epochs.entry(line.attributes["epoch"].clone()).or_default() += 1;
+    }
+    epochs
+}
+
+#[tokio::test]
+async fn snapshots_are_made_listed_and_restored_by_command_and_wrong_asking_is_told_what_to_do() {
+    let fleet = Fleet::new().await;
+    let (machine, mut without) = (fleet.machine(), fleet.machine());
+    without.unset("RELAYER_STORAGE__SNAPSHOT_DIR");
+    for command in ["create", "list", "restore"] {
+        let refused = without.run(&["snapshot", command]).await;
+        refused.failed_with(2, &["storage.snapshot_dir is not set"]);
+    }
+    machine.run(&["snapshot", "create"]).await.failed_with(2, &["no relayer has run here yet"]);
+    machine.run(&["snapshot", "restore"]).await.failed_with(1, &["there is no snapshot"]);
+    fleet.live(3).await;
+    machine.run_to_head().await;
+    assert_eq!(fleet.snapshots().len(), 1, "a job that ends well makes one");
+
+    let made = machine.run(&["snapshot", "create", "--json"]).await.good().stdout.join("\n");
+    let made: Value = serde_json::from_str(&made).expect("JSON");
+    assert_eq!(
+        (made["snapshot"].as_str(), made["messages"].as_u64()),
+        (Some("snapshot-000000000002.json"), Some(6))
+    );
+    let table = machine.run(&["snapshot", "list"]).await.good().stdout;
+    assert_eq!(table.len(), 3, "{table:?}");
+    assert!(table[1].starts_with("snapshot-000000000002.json") && table[1].trim_end().ends_with("whole"));
+
+    machine.run(&["snapshot", "restore"]).await.failed_with(2, &["exists, and is not overwritten"]);
+    let other = fleet.machine();
+    let unknown = other.run(&["snapshot", "restore", "--snapshot", "snapshot-000000000009.json"]).await;
+    unknown.failed_with(2, &["there is no snapshot snapshot-000000000009.json", "relayer snapshot list"]);
+    let restored = other.run(&["snapshot", "restore", "--snapshot", "snapshot-000000000001.json"]).await;
+    restored.failed_with(0, &["Restored snapshot-000000000001.json"]);
+    let escrows = |finished: common::Finished| finished.good().stdout;
+    assert_eq!(
+        escrows(other.run(&["escrows", "list"]).await),
+        escrows(machine.run(&["escrows", "list"]).await)
+    );
+    let stranger = fleet.machine().with("CHAIN_ID", 5);
+    stranger.run(&["snapshot", "restore"]).await.failed_with(2, &["belongs to another relay", "chain.id"]);
+}
+
+#[tokio::test]
+async fn a_volume_that_is_gone_pauses_publishing_and_it_goes_on_when_it_is_back() {
+    let fleet = Fleet::new().await;
+    let machine = fleet.machine();
+    let mut relayer = started(&machine).await;
+    fleet.live(1).await;
+    fleet.wait().await;
+    let (folder, away) = (fleet.volume.path().join("snapshots"), fleet.volume.path().join("away"));
+    fs::rename(&folder, &away).expect("it can be moved");
+    fs::write(&folder, "no folder").expect("it can be written");
+    relayer.wait_said("publishing pauses until it can").await;
+    let published = fleet.pubsub.messages().len();
+    fleet.live(2).await;
+    tokio::time::sleep(Duration::from_secs(6)).await; // the permit has ended by then; what comes meanwhile is the test
+    let late = fleet.pubsub.messages().len() - published;
+    fs::remove_file(&folder).expect("it is there");
+    fs::rename(&away, &folder).expect("it can be moved back");
+    relayer.wait_said("The lease is confirmed again").await;
+    fleet.wait().await;
+    relayer.stop().await;
+    assert_eq!(fleet.assert_whole().await, 0);
+    assert!(late <= 4, "{late} messages");
+}

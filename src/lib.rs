@@ -170,8 +170,9 @@ impl Relay {
         stop: &CancellationToken,
     ) -> Result<Option<Self>, RelayError> {
         let signatures = signatures(&config)?;
-        let (identity, vitals) = (identity(&config, &signatures), observer.vitals());
-        let Some((store, keeper)) = open_store(&config, identity, added, vitals, stop).await? else {
+        let identity = identity(&config, &signatures);
+        let opened = open_store(&config, identity, added, observer.vitals(), stop).await?;
+        let Some((store, keeper)) = opened else {
             return Ok(None);
         };
         let store = Arc::new(store);
@@ -372,7 +373,6 @@ async fn open_store(
     let Some(keeper) = Keeper::begin(storage, folder, vitals, stop).await else {
         return Ok(None);
     };
-    vitals.entered(Stage::Starting);
     let store = match existing {
         Some(store) => {
             keeper.is_newest(&store, &storage.path).await?;

@@ -36,7 +36,7 @@ use crate::config;
 use crate::permit::Permit;
 use crate::store::{Identity, Store};
 use crate::telemetry::metrics;
-use crate::vitals::Vitals;
+use crate::vitals::{Stage, Vitals};
 use lease::Lease;
 
 /// The first snapshot of a run is made after this time at the latest: until then a crash costs all the run has read.
@@ -67,6 +67,7 @@ impl Keeper {
     ) -> Option<Self> {
         let volume = Arc::new(Folder::new(folder));
         let lease = Lease::acquire(Arc::clone(&volume), holder(&storage.path), vitals, stop).await?;
+        vitals.entered(Stage::Starting);
         let snapshots = Arc::new(Snapshots::new(volume));
         Some(Self { snapshots, lease, interval: storage.snapshot_interval, keep: storage.snapshot_keep })
     }

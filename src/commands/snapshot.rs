@@ -66,9 +66,9 @@ fn configured(config: &Config) -> Result<Arc<Snapshots<Folder>>, Failure> {
 /// The lease, so that no other instance makes or removes snapshots meanwhile.
 async fn leased(config: &Config) -> Result<Keeper, Failure> {
     let folder = config.storage.snapshot_dir.as_ref().expect("looked at before");
-    let (nobody, never) = (Vitals::default(), CancellationToken::new());
+    let (vitals, never) = (Vitals::default(), CancellationToken::new());
     tokio::select! {
-        keeper = Keeper::begin(&config.storage, folder, &nobody, &never) => {
+        keeper = Keeper::begin(&config.storage, folder, &vitals, &never) => {
             Ok(keeper.expect("nobody stops it"))
         }
         _ = tokio::signal::ctrl_c() => Err(anyhow!("stopped by Ctrl-C").into()),

@@ -26,12 +26,12 @@ use crate::permit::{Moment, Permit};
 use crate::vitals::{Stage, Vitals};
 
 const FILE: &str = "lease.json";
-const LOOK: Duration = Duration::from_secs(2);
-const TRUST: Duration = Duration::from_secs(5);
-const SETTLE: Duration = Duration::from_secs(7);
+const LOOK: Duration = Duration::from_secs(1);
+const TRUST: Duration = Duration::from_secs(4);
+const SETTLE: Duration = Duration::from_secs(5);
 /// A bucket bears one change of a file a second.
-const BEAT: Duration = Duration::from_secs(6);
-const EXPIRY: Duration = Duration::from_secs(30);
+const BEAT: Duration = Duration::from_secs(4);
+const EXPIRY: Duration = Duration::from_secs(20);
 
 /// What is in the file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -355,7 +355,7 @@ fn old_snapshots_are_not_removed_from_under_one_in_the_making() {
     let (_, snapshots) = snapshots();
     let store = lived();
     std::thread::scope(|scope| {
-        let pruning = scope.spawn(|| (0..300).for_each(|_| drop(snapshots.prune(1).unwrap())));
+        let pruning = scope.spawn(|| (0..300).map(|_| snapshots.prune(1).unwrap()).sum::<usize>());
         let mut number = 6;
         while !pruning.is_finished() {
             go_on(&store, number);
@@ -410,7 +410,7 @@ async fn the_lease_of_a_dead_holder_expires_and_its_permit_ends_before() {
     sleep(6 * SECOND).await;
     assert!(!permit.holds() && !second.is_finished());
     second.await.unwrap();
-    assert!((30 * SECOND..45 * SECOND).contains(&died.elapsed()), "{:?}", died.elapsed());
+    assert!((20 * SECOND..30 * SECOND).contains(&died.elapsed()), "{:?}", died.elapsed());
 }
 
 #[tokio::test(start_paused = true)]
@@ -439,7 +439,7 @@ async fn a_volume_that_does_not_answer_stops_publishing_and_no_more() {
     let mut lease = acquire(&bucket, "first").await.unwrap();
     let permit = lease.permit();
     let keeping = tokio::spawn(async move { lease.keep().await });
-    bucket.fails("lease.json", &[Fault::Stale; 10]);
+    bucket.fails("lease.json", &[Fault::Stale; 20]);
     sleep(15 * SECOND).await;
     assert!(!permit.holds());
     sleep(15 * SECOND).await;
@@ -452,7 +452,7 @@ async fn a_lease_that_is_half_written_is_somebodys_until_it_expires() {
     bucket.write("lease.json", br#"{"holder":"#).unwrap();
     let began = Instant::now();
     acquire(&bucket, "first").await.unwrap();
-    assert!(began.elapsed() >= 30 * SECOND);
+    assert!(began.elapsed() >= 20 * SECOND);
 }
 
 /// Instances come, are paused for any time, die and go: at no moment may two publish.

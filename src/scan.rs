@@ -48,6 +48,8 @@ use harvest::Decoder;
 const LINKED_BLOCKS: u64 = 128;
 /// How long to leave a node that is behind, or two nodes that disagree, before asking again.
 const SECOND_LOOK: Duration = Duration::from_millis(250);
+/// How often a node is looked at again for a block that another one has announced.
+const AWAITED_LOOKS: u32 = 12;
 /// Looks at a node that is behind or inconsistent before turning to another; pauses grow by as many.
 const LOOKS: u32 = 8;
 /// How long to wait before asking for less after a refusal nobody understands.
@@ -122,6 +124,8 @@ pub struct Scanner<C> {
     heads: Option<watch::Receiver<Option<Header>>>,
     /// The last head came by announcement: when it is read, the next is waited for, not polled for at once.
     followed: bool,
+    /// An announced head that the node asked did not have yet, and how often it is still looked for between polls.
+    awaited: Option<(u64, u32)>,
     /// When the head was asked for last.
     polled_at: Option<Instant>,
     /// Heads in a row that polls found and that had not been announced, and the last of them.
@@ -215,6 +219,7 @@ impl<C: Chain> Scanner<C> {
             goal: watch::Sender::new(0),
             heads: chain.heads(),
             followed: false,
+            awaited: None,
             polled_at: None,
             unannounced: (0, 0),
             decoder,
@@ -263,7 +268,9 @@ impl<C: Chain> Scanner<C> {
 
     /// What to do after a step that read nothing.
     fn recover(&mut self, trouble: Trouble) -> Result<Step, ScanError> {
-        self.followed = false;
+        if std::mem::take(&mut self.followed) {
+            self.awaited = Some((self.finality.head, AWAITED_LOOKS));
+        }
         self.ahead.clear();
         match trouble {
             Trouble::Store(error) => Err(error.into()),
@@ -315,7 +322,7 @@ impl<C: Chain> Scanner<C> {
                 None => self.poll(next).await?,
             };
             if let Some(step) = nothing_new {
-                return Ok(step);
+                return Ok(self.await_announced(step));
             }
             if self.is_done(next) {
                 return Ok(Step::Done);
@@ -372,6 +379,17 @@ impl<C: Chain> Scanner<C> {
         self.aim(next, self.horizon(BlockTag::Latest, head.block.number));
         let something = self.is_done(next) || self.target.is_some_and(|target| next <= target);
         (!something).then_some(Step::Idle)
+    }
+
+    /// One node announces a block, another one is asked for it: that has it a moment later, long before the next poll.
+    fn await_announced(&mut self, step: Step) -> Step {
+        match self.awaited.take() {
+            Some((number, looks)) if step == Step::Idle && number > self.finality.head && looks > 0 => {
+                self.awaited = Some((number, looks - 1));
+                Step::Wait(SECOND_LOOK)
+            }
+            Some(_) | None => step,
+        }
     }
 
     /// Whether the head that a poll found had been announced.

@@ -5,6 +5,7 @@ mod common;
 
 use std::sync::{Arc, Mutex};
 
+use common::relay::faults::{Fault, Faults};
 use common::relay::proxy::Proxy;
 use common::{Contract, Line, Running, World};
 use serde_json::{Value, json};
@@ -209,6 +210,21 @@ async fn announcements_of_one_provider_wake_the_reading_from_another() {
     let reader: Vec<String> =
         read.requests().iter().flat_map(|request| request.methods()).map(str::to_owned).collect();
     assert!(logs(&reader) >= 3, "{reader:?}");
+}
+
+#[tokio::test]
+async fn a_block_announced_before_the_provider_that_is_read_has_it_is_relayed_long_before_the_next_poll() {
+    let mut world = World::new().await;
+    let read = Faults::start(&world.anvil.url()).await;
+    let urls = format!("{},{}", read.url(), world.anvil.ws_url());
+    let mut relayer = listening(&mut world, &urls).await;
+    let lines = live(&world, &mut relayer, 0).await;
+    // Behind when it is asked for the block, and when it is looked at again.
+    let passed = read.requests();
+    read.on_request(move |number, _| if number < passed + 3 { Fault::Behind(1) } else { Fault::Pass });
+    world.factory.create_escrow().await;
+    relayer.wait_for_lines(lines + 1).await;
+    relayed_exactly(&world, relayer).await;
 }
 
 #[tokio::test]

@@ -9,6 +9,7 @@ pub(crate) mod status;
 pub(crate) mod verify;
 
 use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -42,7 +43,7 @@ pub(crate) enum Office {
     /// This process, which has the store open.
     Here(Arc<Desk>),
     /// The relayer that runs.
-    Beside(Config),
+    Beside(PathBuf),
 }
 
 impl Office {
@@ -59,7 +60,7 @@ impl Office {
             }
             match control::connect(path).await {
                 // Each request has a connection of its own: this one only shows that somebody is there.
-                Ok(_) => return Ok(Self::Beside(config.clone())),
+                Ok(_) => return Ok(Self::Beside(path.clone())),
                 Err(error) if error.kind() == io::ErrorKind::PermissionDenied => break error,
                 Err(error) if Instant::now() >= deadline => break error,
                 Err(_) => sleep(PAUSE).await,
@@ -79,8 +80,7 @@ impl Office {
     pub(crate) async fn ask(&self, request: Request) -> Result<Asking, Failure> {
         match self {
             Self::Here(desk) => Ok(Asking(Answers::of(Arc::clone(desk), request))),
-            Self::Beside(config) => {
-                let path = &config.storage.path;
+            Self::Beside(path) => {
                 let gone = |error| anyhow!("the relayer that ran has just gone ({error}): try again");
                 let stream = control::connect(path).await.map_err(gone)?;
                 let answers = control::ask(stream, &request).await.map_err(anyhow::Error::from)?;
@@ -179,9 +179,9 @@ impl JsonArray {
     }
 }
 
-/// Text of a node or a sink, on one line and in a column.
+/// Text of a node or a sink, on one line, and harmless to a terminal.
 pub(crate) fn shortened(text: &str, length: usize) -> String {
-    let line = text.replace(['\n', '\r', '\t'], " ");
+    let line = text.replace(char::is_control, " ");
     match line.char_indices().nth(length) {
         None => line,
         Some(_) => line.chars().take(length - 1).chain(['…']).collect(),

@@ -43,7 +43,7 @@ use crate::store::StoreError;
 /// Of the protocol.
 pub const VERSION: u32 = 1;
 /// Answers that may wait for whoever reads them.
-const ANSWERS: usize = 64;
+const ANSWERS: usize = 16;
 /// Rows of the store looked at in one go.
 const PAGE: usize = 1000;
 
@@ -191,9 +191,10 @@ impl Progress {
         Self { next: tokio::time::Instant::now() + Self::EVERY }
     }
 
+    /// Whoever has gone meanwhile is noticed by this.
     async fn tell(&mut self, to: &Replies, text: impl FnOnce() -> String) -> Result<(), Refusal> {
         if tokio::time::Instant::now() < self.next {
-            return Ok(());
+            return to.send(Answer::Waiting).await;
         }
         self.next = tokio::time::Instant::now() + Self::EVERY;
         to.note(text()).await

@@ -254,7 +254,7 @@ impl Relay {
         if let Some(keeper) = &self.keeper {
             desk = desk.with_snapshots(keeper.snapshots());
         }
-        // Before the store: afterwards the socket may be another relayer's.
+        // Gone before the store is closed: afterwards the socket may be another relayer's.
         let _serving = control::serve(&self.config.storage.path, desk);
         // Either side's end, good or bad, must reach the other.
         let stop = stop.child_token();

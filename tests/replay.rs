@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use common::load::Load;
 use common::pubsub::{Code, Message};
-use common::relay::firsts;
+use common::relay::{PATIENCE, firsts};
 use common::{Answer, Line, PubSub, World};
 
 const TOPIC: &str = "projects/test-project/topics/settlement.events.v1";
@@ -54,6 +54,19 @@ fn ids_by_key(messages: &[Message]) -> BTreeMap<String, Vec<String>> {
         keys.entry(message.ordering_key.clone()).or_default().push(message.attribute("event_id").to_owned());
     }
     keys
+}
+
+/// Waits until every acknowledgement is stored.
+async fn settled(world: &World) {
+    let looked = async {
+        loop {
+            let outbox = world.setup.run(&["outbox", "list"]).await.good().stdout;
+            if outbox[0].starts_with("0 waiting") {
+                return;
+            }
+        }
+    };
+    tokio::time::timeout(PATIENCE, looked).await.expect("everything is acknowledged");
 }
 
 async fn replay(world: &World, from: u64, to: u64, more: &[&str]) -> common::Finished {
@@ -203,13 +216,13 @@ async fn what_was_pruned_cannot_be_replayed_and_the_first_block_that_can_is_name
 #[tokio::test]
 async fn killed_in_the_middle_of_a_replay_the_relayer_loses_nothing_and_repeats_nothing_of_its_own() {
     let (mut world, pubsub) = with_pubsub().await;
-    world.setup.set("RELAYER_SINK__MAX_OUTSTANDING", 8);
+    world.setup.set("RELAYER_SINK__MAX_OUTSTANDING", 4); // so it goes message by message
     let escrows = world.factory.create_many(40).await;
     world.setup.run_to_head().await;
     let last = world.chain.block_number().await;
     let mut relayer = world.setup.start(&["run"]);
     relayer.wait_logged("Relaying from block").await;
-    pubsub.on_publish(|_| Answer::Delay(Duration::from_millis(30)));
+    pubsub.on_publish(|_| Answer::Delay(Duration::from_millis(200)));
     let (from, to) = ("0", last.to_string());
     let replaying = world.setup.start(&["replay", "--from", from, "--to", &to]);
     pubsub.wait_until("some of the replay", |messages| messages.iter().any(is_replay)).await;
@@ -229,10 +242,10 @@ async fn killed_in_the_middle_of_a_replay_the_relayer_loses_nothing_and_repeats_
 async fn a_replayed_message_that_is_refused_is_told_and_holds_up_no_lane() {
     let (world, pubsub) = with_pubsub().await;
     let escrows = world.factory.create_many(3).await;
-    let mut relayer = world.setup.start(&["run"]);
+    let relayer = world.setup.start(&["run"]);
     pubsub.wait_for(3).await;
     let last = world.chain.block_number().await;
-    relayer.wait_logged("Published").await;
+    settled(&world).await;
     let key = format!("{:#x}", escrows[1].address);
     pubsub.on_publish(move |attempt| match attempt.ordering_key == key {
         true => Answer::Refuse(Code::InvalidArgument, "not this one".into()),
@@ -245,4 +258,38 @@ async fn a_replayed_message_that_is_refused_is_told_and_holds_up_no_lane() {
     escrows[1].send("approve", &[]).await;
     pubsub.wait_for(6).await;
     assert!(!relayer.stop().await.stderr.contains("Lane blocked"));
+}
+
+#[tokio::test]
+async fn ctrl_c_ends_a_replay_beside_a_running_relayer_and_on_the_file() {
+    for running in [true, false] {
+        let (mut world, pubsub) = with_pubsub().await;
+        world.setup.set("RELAYER_SINK__MAX_OUTSTANDING", 4); // so it goes message by message
+        let escrows = world.factory.create_many(40).await;
+        world.setup.run_to_head().await;
+        let last = world.chain.block_number().await.to_string();
+        let mut relayer = running.then(|| world.setup.start(&["run"]));
+        if let Some(relayer) = &mut relayer {
+            relayer.wait_logged("Relaying from block").await;
+        }
+        pubsub.on_publish(|_| Answer::Delay(Duration::from_millis(200)));
+        let replaying = world.setup.start(&["replay", "--from", "0", "--to", &last]);
+        pubsub.wait_until("some of the replay", |messages| messages.iter().any(is_replay)).await;
+        replaying.interrupted().await.failed_with(1, &["stopped by Ctrl-C"]);
+        pubsub.heal();
+        escrows[39].send("approve", &[]).await;
+        match relayer {
+            Some(relayer) => {
+                pubsub
+                    .wait_until("the new one", |all| all.iter().any(|it| it.attribute("sequence") == "2"))
+                    .await;
+                settled(&world).await;
+                relayer.stop().await;
+            }
+            None => drop(world.setup.run_to_head().await),
+        }
+        let (published, replayed) = parted(&pubsub);
+        assert_eq!(published.len(), 41, "running: {running}");
+        assert!(replayed.len() < 40, "running: {running}: it was ended");
+    }
 }

@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 const FINAL: u64 = 64;
 /// The store's table of what stands: block and log index.
 const DIGESTS: TableDefinition<(u64, u64), u64> = TableDefinition::new("digests");
+type Digests<'a> = redb::Table<'a, (u64, u64), u64>;
 
 /// Some lives, read in part by range, in part by hash; the audit is off. And the last block.
 async fn relayed() -> (World, u64) {
@@ -146,7 +147,7 @@ async fn a_row_taken_out_of_the_ledger_or_put_into_it_is_found() {
     let truth = world.truth().await;
     let line = truth.escrows.values().flatten().min_by_key(|line| place_of(line)).expect("an event");
     let place = place_of(line);
-    let change = |change: &dyn Fn(&mut redb::Table<'_, (u64, u64), u64>)| {
+    let change = |change: &dyn Fn(&mut Digests<'_>)| {
         let db = Database::open(world.setup.path("relayer.redb")).expect("a store");
         let transaction = db.begin_write().expect("it can be written");
         change(&mut transaction.open_table(DIGESTS).expect("it is there"));
@@ -175,26 +176,38 @@ async fn a_row_taken_out_of_the_ledger_or_put_into_it_is_found() {
 }
 
 #[tokio::test]
-async fn of_an_escrow_that_was_never_registered_the_announcement_is_missing_and_it_is_said_what_that_means() {
-    let world = World::new().await;
-    let early = world.factory.create_escrow().await;
-    let faults = Faults::start(&world.anvil.url()).await;
-    let setup = world.setup.anew().with("RPC_URL", faults.url());
-    faults.on_request(|_, _| {
-        Fault::edited(|_, answers| {
-            for answer in answers {
-                if let Value::Array(logs) = &mut answer["result"] {
-                    logs.clear();
+async fn of_an_escrow_that_was_never_registered_all_events_are_missing_however_they_are_read() {
+    for (by_hash, range) in [(true, 2), (false, 2000)] {
+        let world = World::new().await;
+        let early = world.factory.create_escrow().await;
+        early.send("approve", &[]).await;
+        world.chain.mine(if by_hash { FINAL + 5 } else { 1 }).await;
+        early.send("approve", &[]).await;
+        let faults = Faults::start(&world.anvil.url()).await;
+        let setup = world.setup.anew().with("RPC_URL", faults.url()).with("RELAYER_RPC__MAX_RANGE", range);
+        faults.on_request(|_, _| {
+            Fault::edited(|_, answers| {
+                for answer in answers {
+                    if let Value::Array(logs) = &mut answer["result"] {
+                        logs.clear();
+                    }
                 }
-            }
-        })
-    });
-    early.send("approve", &[]).await;
-    assert_eq!(setup.run_to_head().await, []);
-    faults.heal();
-    let last = world.chain.block_number().await;
-    let address = format!("{:#x}", early.address);
-    let finished = verify(&setup, 0, last).await.failed_with(1, &[&address, "not registered", "1 differ"]);
-    let found = findings(&finished);
-    assert_eq!((&found[0]["event"], &found[0]["escrow"]), (&json!("EscrowDeployed"), &json!(address)));
+            })
+        });
+        assert_eq!(setup.run_to_head().await, []);
+        faults.heal();
+        let last = world.chain.block_number().await;
+        let address = format!("{:#x}", early.address);
+        let finished =
+            verify(&setup, 0, last).await.failed_with(1, &[&address, "not registered", "3 differ"]);
+        let found = findings(&finished);
+        assert!(found.iter().all(|it| it["difference"] == "missing" && it["escrow"] == address), "{found:?}");
+        let mut expected: Vec<String> =
+            world.truth().await.escrows.values().flatten().map(|line| line.event_id().to_owned()).collect();
+        let mut missing: Vec<String> =
+            found.iter().map(|it| it["event_id"].as_str().expect("an id").to_owned()).collect();
+        expected.sort();
+        missing.sort();
+        assert_eq!(missing, expected);
+    }
 }

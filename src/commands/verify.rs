@@ -41,8 +41,8 @@ pub(crate) async fn execute(config: &Config, verify: Verify) -> Result<ExitCode,
                 }
             }
             VerifyRow::Unregistered { escrow } => eprintln!(
-                "{escrow} is announced there and not registered: none of its events was relayed, and they are not listed \
-                 here. The audit of a running relayer finds it, or `relayer escrows import` registers it"
+                "{escrow} is announced there and not registered: the audit of a running relayer finds it, or `relayer escrows \
+                 import` registers it"
             ),
             VerifyRow::Verified { blocks, events, final_to } => {
                 eprintln!("{blocks} blocks compared: {events} events agree, {findings} differ");

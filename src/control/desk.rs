@@ -1,5 +1,6 @@
 //! Who answers: whoever has the store open.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use alloy::primitives::Address;
@@ -200,11 +201,14 @@ impl Desk {
         let (chain, store, signatures) =
             (Arc::clone(&self.rpc), Arc::clone(&self.store), Arc::clone(&self.signatures));
         let mut verifier = Verifier::new(chain, store, signatures, &self.config, blocks);
-        let (mut events, mut progress) = (0, Progress::new());
+        let (mut events, mut extra, mut progress) = (0, BTreeSet::new(), Progress::new());
         let refuse = |error: crate::scan::VerifyError| Refusal::fault(error.to_string());
         while let Some(verified) = verifier.step().await.map_err(refuse)? {
             events += verified.events as u64;
             for finding in &verified.findings {
+                if finding.difference == Difference::Extra {
+                    extra.insert(finding.place);
+                }
                 to.row(&VerifyRow::Finding(finding_row(finding, is_final(finding.place.0)))).await?;
             }
             for escrow in &verified.unregistered {
@@ -212,6 +216,14 @@ impl Desk {
             }
             let done = verified.blocks.to();
             progress.tell(to, || format!("Compared up to block {done} of {}", blocks.to())).await?;
+        }
+        let unkept = self.on_disk(move |store| store.unkept(blocks)).await?;
+        for (block, log_index) in unkept.into_iter().filter(|place| !extra.contains(place)) {
+            let difference = "unkept".to_owned();
+            let (escrow, event, event_id) = (None, None, None);
+            let is_final = is_final(block);
+            let row = FindingRow { difference, block, log_index, escrow, event, event_id, is_final };
+            to.row(&VerifyRow::Finding(row)).await?;
         }
         let final_to = (!is_final(blocks.to())).then_some(finalized.unwrap_or(0));
         to.row(&VerifyRow::Verified { blocks: blocks.blocks(), events, final_to }).await

@@ -8,6 +8,7 @@ use tracing::{info, warn};
 
 use super::rows::{BlockedRow, Discarded, MessageRow, OutboxRow, QuarantinedRow, RetryRow, Shown, Totals};
 use super::{Desk, PAGE, Refusal, Replies};
+use crate::config::Ordering;
 use crate::event::{BlockRef, Log, Recognised, Role, digest};
 use crate::publish::{Message, Order};
 use crate::scan::{Answer, BlockTag, Call, Chain, LogFilter, Span};
@@ -20,18 +21,21 @@ impl Desk {
     }
 
     pub(super) async fn outbox(&self, limit: usize, to: &Replies) -> Result<(), Refusal> {
-        let blocked = self.on_disk(|store| store.blocked()).await?;
+        let blocked = self.on_disk(|store| store.blocked_len()).await?;
         let quarantined = self.on_disk(|store| store.quarantined_len()).await?;
-        let totals = Totals { waiting: self.store.waiting(), blocked: blocked.len() as u64, quarantined };
+        let totals = Totals { waiting: self.store.waiting(), blocked, quarantined };
         to.row(&OutboxRow::Totals(totals)).await?;
-        for Blocked { claimed, refusal } in blocked.iter().take(limit) {
-            let message = self.message_row(&claimed.entry);
-            let row = BlockedRow {
-                lane: refusal.lane.clone(),
-                reason: refusal.reason.clone(),
-                since: refusal.since,
-                message,
-            };
+        let (chain_id, ordering) = (self.chain_id(), self.config.sink.ordering);
+        let mut left = limit;
+        let rows = self.on_disk(move |store| {
+            store.blocked(|Blocked { claimed, refusal }| {
+                left = left.checked_sub(1)?;
+                let message = message_row(&claimed.entry, chain_id, ordering);
+                let (lane, reason, since) = (refusal.lane, refusal.reason, refusal.since);
+                Some(BlockedRow { lane, reason, since, message })
+            })
+        });
+        for row in rows.await? {
             to.row(&OutboxRow::Blocked(row)).await?;
         }
         let (mut left, mut after) = (limit, None);
@@ -55,7 +59,8 @@ impl Desk {
             let waiting = page.entries.iter().filter(|claimed| !acknowledged.contains(claimed.position));
             for Claimed { entry, .. } in waiting.take(left) {
                 left -= 1;
-                to.row(&OutboxRow::Waiting(self.message_row(entry))).await?;
+                let row = message_row(entry, self.chain_id(), self.config.sink.ordering);
+                to.row(&OutboxRow::Waiting(row)).await?;
             }
         }
         Ok(())
@@ -107,14 +112,18 @@ impl Desk {
 
     /// Offers messages again, and decodes logs again with the signatures of this process.
     pub(super) async fn retry(&self, which: &[String], to: &Replies) -> Result<(), Refusal> {
-        let blocked = self.on_disk(|store| store.blocked()).await?;
-        let id = |it: &Blocked| it.claimed.entry.event_id(self.chain_id());
-        let named =
-            |it: &&Blocked| which.is_empty() || which.contains(&it.refusal.lane) || which.contains(&id(it));
-        let positions: Vec<u64> = blocked.iter().filter(named).map(|it| it.claimed.position).collect();
-        let of_lanes: BTreeSet<String> =
-            blocked.iter().flat_map(|it| [it.refusal.lane.clone(), id(it)]).collect();
-        let rest: Vec<String> = which.iter().filter(|name| !of_lanes.contains(*name)).cloned().collect();
+        let (chain_id, names) = (self.chain_id(), which.to_vec());
+        let blocked = self.on_disk(move |store| {
+            store.blocked(|Blocked { claimed, refusal }| {
+                let its = [refusal.lane, claimed.entry.event_id(chain_id)];
+                let meant = names.is_empty() || its.iter().any(|name| names.contains(name));
+                meant.then_some((claimed.position, its))
+            })
+        });
+        let blocked: Vec<(u64, [String; 2])> = blocked.await?;
+        let positions: Vec<u64> = blocked.iter().map(|(position, _)| *position).collect();
+        let of_lanes: BTreeSet<&String> = blocked.iter().flat_map(|(_, names)| names).collect();
+        let rest: Vec<String> = which.iter().filter(|name| !of_lanes.contains(name)).cloned().collect();
         let logs = match which.is_empty() {
             true => None,
             // Refused before anything is done, if one of them is nothing.
@@ -244,12 +253,14 @@ impl Desk {
 
     /// What these ids name; refused if one of them is neither blocked nor quarantined.
     async fn stuck(&self, event_ids: &[String]) -> Result<Vec<Stuck>, Refusal> {
-        let blocked = self.on_disk(|store| store.blocked()).await?;
-        let chain_id = self.chain_id();
-        let mut by_id: BTreeMap<String, Stuck> = blocked
-            .into_iter()
-            .map(|it| (it.claimed.entry.event_id(chain_id), Stuck::Message(Box::new(it))))
-            .collect();
+        let (chain_id, ids) = (self.chain_id(), event_ids.to_vec());
+        let blocked = self.on_disk(move |store| {
+            store.blocked(|it| {
+                let id = it.claimed.entry.event_id(chain_id);
+                ids.contains(&id).then(|| (id, Stuck::Message(Box::new(it))))
+            })
+        });
+        let mut by_id: BTreeMap<String, Stuck> = blocked.await?.into_iter().collect();
         let rest: Vec<String> = event_ids.iter().filter(|id| !by_id.contains_key(*id)).cloned().collect();
         let logs = self.quarantined(&rest).await?.into_iter();
         by_id.extend(logs.map(|log| (log.event_id(chain_id), Stuck::Log(Box::new(log)))));
@@ -270,18 +281,6 @@ impl Desk {
             Some(unknown) => Err(Refusal::usage(format!(
                 "{unknown} is neither blocked nor quarantined: `relayer outbox list` shows what is"
             ))),
-        }
-    }
-
-    fn message_row(&self, entry: &Entry) -> MessageRow {
-        MessageRow {
-            event_id: entry.event_id(self.chain_id()),
-            event_type: entry.attributes(self.chain_id()).event_type,
-            escrow: format!("{:#x}", entry.escrow),
-            sequence: entry.sequence,
-            block: entry.block_number,
-            stored_at: entry.stored_at,
-            size: self.message(entry).size(),
         }
     }
 
@@ -346,6 +345,18 @@ impl Stuck {
 
 pub(super) fn stopping() -> Refusal {
     Refusal::fault("the relayer is stopping, or publishes nothing any more: try again when it runs")
+}
+
+fn message_row(entry: &Entry, chain_id: u64, ordering: Ordering) -> MessageRow {
+    MessageRow {
+        event_id: entry.event_id(chain_id),
+        event_type: entry.attributes(chain_id).event_type,
+        escrow: format!("{:#x}", entry.escrow),
+        sequence: entry.sequence,
+        block: entry.block_number,
+        stored_at: entry.stored_at,
+        size: Message::of(entry, chain_id, ordering).size(),
+    }
 }
 
 fn block_of(quarantined: &Quarantined) -> BlockRef {

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use alloy::primitives::Address;
 use tokio::sync::mpsc;
+use tokio::time::timeout;
 use tracing::info;
 
 use super::outbox::stopping;
@@ -102,9 +103,15 @@ impl Desk {
     ) -> Result<u64, Refusal> {
         let (told, mut outcomes) = mpsc::unbounded_channel();
         orders.send(Order::Replay { entries: part.to_vec(), told }).await.map_err(|_| stopping())?;
-        let mut published = 0;
-        for _ in part {
-            match outcomes.recv().await.ok_or_else(stopping)? {
+        let (mut published, mut told_of) = (0, 0);
+        while told_of < part.len() {
+            let Ok(outcome) = timeout(Progress::EVERY, outcomes.recv()).await else {
+                let waiting = part.len() - told_of;
+                to.note(format!("Waiting for {waiting} messages to be acknowledged")).await?;
+                continue;
+            };
+            told_of += 1;
+            match outcome.ok_or_else(stopping)? {
                 Replayed::Acknowledged => published += 1,
                 Replayed::Left(position, reason) => {
                     let of_it = part.iter().find(|claimed| claimed.position == position);

@@ -271,7 +271,7 @@ pub enum ReplayRow {
 pub enum VerifyRow {
     /// A difference.
     Finding(FindingRow),
-    /// An escrow that is announced there and not registered: none of its events was relayed, and they are not listed.
+    /// An escrow that is announced there and not registered: all its events are missing.
     Unregistered {
         /// Which.
         escrow: String,
@@ -290,7 +290,8 @@ pub enum VerifyRow {
 /// A difference between the chain and what was relayed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FindingRow {
-    /// `missing` (on the chain, not relayed), `extra` (relayed, not on the chain), `differs`, or `undecodable`.
+    /// `missing` (on the chain, not relayed), `extra` (relayed, not on the chain), `differs`, `undecodable` (a log that does
+    /// not decode and is not quarantined), or `unkept` (relayed, and its message is lost from the store).
     pub difference: String,
     /// Its block.
     pub block: u64,

@@ -37,8 +37,8 @@ struct Script {
 }
 
 fn name_of(message: &Message) -> String {
-    let sequence = message.attributes.iter().find(|(name, _)| *name == "sequence").unwrap();
-    format!("{}:{}", &message.ordering_key[..4], sequence.1)
+    let attribute = |wanted| message.attributes.iter().find(|(name, _)| *name == wanted).unwrap().1.as_str();
+    format!("{}:{}", &attribute("escrow")[..4], attribute("sequence"))
 }
 
 impl Script {
@@ -392,5 +392,108 @@ proptest! {
                 assert_eq!(&firsts(&names)[&lane], &expected);
             }
         });
+    }
+}
+
+/// A publisher that takes orders.
+fn ordered(
+    sink: &Arc<Script>,
+    store: &Arc<Store>,
+    max_outstanding: usize,
+) -> (Publisher<Script>, mpsc::Sender<Order>) {
+    let (orders, taken) = mpsc::channel(ORDERS);
+    let publisher = Publisher::new(Arc::clone(sink), Arc::clone(store), &settings(max_outstanding));
+    (publisher.taking(taken), orders)
+}
+
+fn replay(store: &Store) -> (Order, mpsc::UnboundedReceiver<Replayed>) {
+    let (told, outcomes) = mpsc::unbounded_channel();
+    let entries = store.entries_from(0, 100).unwrap().entries;
+    (Order::Replay { entries, told }, outcomes)
+}
+
+fn outcomes(mut told: mpsc::UnboundedReceiver<Replayed>) -> Vec<Replayed> {
+    std::iter::from_fn(|| told.try_recv().ok()).collect()
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_sent_again_is_marked_goes_in_order_within_the_bound_and_is_not_acknowledged_twice() {
+    let store = store(&[1, 2], &[1, 2, 1]);
+    let sink = Arc::new(Script::default());
+    let (mut publisher, orders) = ordered(&sink, &store, 2);
+    drain(&mut publisher).await;
+    let before = sink.stored().len();
+    let (order, told) = replay(&store);
+    append(&store, &[], &[1]);
+    orders.send(order).await.unwrap();
+    drain(&mut publisher).await;
+    assert_eq!(outcomes(told), vec![Replayed::Acknowledged; 5]);
+    let stored = sink.stored.lock().unwrap().clone();
+    let marked = |message: &Message| message.attributes.contains(&("replay", "true".to_owned()));
+    let again: Vec<String> =
+        stored.iter().filter(|(_, message)| marked(message)).map(|(name, _)| name.clone()).collect();
+    assert_eq!(firsts(&again)["0x01"], ["0x01:1", "0x01:2", "0x01:3"]);
+    assert_eq!(firsts(&again)["0x02"], ["0x02:1", "0x02:2"]);
+    let new: Vec<&String> =
+        stored[before..].iter().filter(|(_, message)| !marked(message)).map(|(name, _)| name).collect();
+    assert_eq!(new, ["0x01:4"]);
+    assert_eq!((store.waiting(), store.watermark().unwrap()), (0, 6));
+    assert!(publisher.lanes.is_empty() && publisher.held == 0 && publisher.outstanding == 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lane_that_becomes_blocked_or_is_blocked_lets_go_of_what_is_only_sent_again() {
+    let store = store(&[1], &[]);
+    let sink = Arc::new(Script::default());
+    let (mut publisher, orders) = ordered(&sink, &store, 10);
+    drain(&mut publisher).await;
+    append(&store, &[], &[1]);
+    sink.refused.lock().unwrap().insert("0x01:2".into());
+    let entries = store.entries_from(0, 1).unwrap().entries;
+    // The first comes while the new message is under way, the second when it is refused.
+    publisher.step().await.unwrap();
+    for _ in 0..2 {
+        let (told, outcomes_of_it) = mpsc::unbounded_channel();
+        orders.send(Order::Replay { entries: entries.clone(), told }).await.unwrap();
+        drain(&mut publisher).await;
+        let left = outcomes(outcomes_of_it);
+        assert!(matches!(&left[..], [Replayed::Left(0, why)] if why.contains("too odd")), "{left:?}");
+    }
+    assert_eq!((publisher.held, publisher.outstanding, publisher.blocked().len()), (1, 0, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_message_is_given_up_only_between_two_attempts_and_its_lane_goes_on_behind_it() {
+    for ordering in [config::Ordering::Escrow, config::Ordering::None] {
+        let store = store(&[1], &[1, 1]);
+        let sink = Arc::new(Script::default());
+        sink.refused.lock().unwrap().insert("0x01:1".into());
+        let (orders, taken) = mpsc::channel(ORDERS);
+        let settings = config::Sink { ordering, ..settings(10) };
+        let mut publisher = Publisher::new(Arc::clone(&sink), Arc::clone(&store), &settings).taking(taken);
+        let mut steps = 0;
+        while !publisher.is_drained() {
+            publisher.step().await.unwrap();
+            steps += 1;
+            assert!(steps < 100, "no end");
+        }
+        let (told, mut retried) = tokio::sync::oneshot::channel();
+        orders.send(Order::Retry { only: None, told }).await.unwrap();
+        let (told, mut given_up) = tokio::sync::oneshot::channel();
+        orders.send(Order::GiveUp { position: 0, told }).await.unwrap();
+        let (told, mut not_blocked) = tokio::sync::oneshot::channel();
+        orders.send(Order::GiveUp { position: 1, told }).await.unwrap();
+        let mut steps = 0;
+        while store.waiting() > 0 || !publisher.is_drained() {
+            publisher.step().await.unwrap();
+            steps += 1;
+            assert!(steps < 100, "no end");
+        }
+        assert_eq!(retried.try_recv().unwrap(), 1);
+        assert!(given_up.try_recv().unwrap() && !not_blocked.try_recv().unwrap());
+        let sequences: Vec<String> =
+            sink.stored().iter().map(|name| name.rsplit(':').next().unwrap().to_owned()).collect();
+        assert_eq!(sequences, ["2", "3"], "{ordering:?}");
+        assert!(publisher.lanes.is_empty() && publisher.held == 0 && publisher.outstanding == 0);
     }
 }

@@ -207,14 +207,18 @@ impl<C: Chain> Auditor<C> {
 
     /// Blocks read by hash before, by range now.
     async fn audit_range(&mut self, range: BlockRange) -> Result<(), Trouble> {
-        let harvest = self.read_by_range(range).await?;
+        let harvest = self.read_by_range(range, &[]).await?;
         self.compare(range, harvest, Some(range)).await
     }
 
-    /// The logs of a range, with the header of its last block.
-    pub(super) async fn read_by_range(&self, range: BlockRange) -> Result<Harvest, Trouble> {
+    /// The logs of a range, with the header of its last block: of `escrows`, or of all that are ours.
+    pub(super) async fn read_by_range(
+        &self,
+        range: BlockRange,
+        escrows: &[Address],
+    ) -> Result<Harvest, Trouble> {
         let mut calls = vec![Call::Header(BlockTag::Number(range.to()))];
-        calls.extend(self.log_calls(Span::Range(range)));
+        calls.extend(self.log_calls(Span::Range(range), escrows));
         let mut answers = self.ask_our_chain(calls, range.blocks()).await?;
         let end = whole(range, answers.remove(0).header())?;
         let mut harvest = Harvest::default();
@@ -225,14 +229,18 @@ impl<C: Chain> Auditor<C> {
     }
 
     /// The same block by block, each by its hash.
-    pub(super) async fn read_by_hash(&self, range: BlockRange) -> Result<Harvest, Trouble> {
+    pub(super) async fn read_by_hash(
+        &self,
+        range: BlockRange,
+        escrows: &[Address],
+    ) -> Result<Harvest, Trouble> {
         let headers = (range.from()..=range.to()).map(|number| Call::Header(BlockTag::Number(number)));
         let answers = self.ask_our_chain(headers.collect(), 0).await?;
         let (mut calls, mut of) = (Vec::new(), Vec::new());
         for (number, answer) in (range.from()..).zip(answers) {
             let block = BlockRange::new(number, number).expect("one block");
             let header = whole(block, answer.header())?;
-            let logs = self.log_calls(Span::Block(header.block.hash));
+            let logs = self.log_calls(Span::Block(header.block.hash), escrows);
             of.extend(std::iter::repeat_n((block, header), logs.len()));
             calls.extend(logs);
         }
@@ -251,7 +259,7 @@ impl<C: Chain> Auditor<C> {
         };
         let number = from + self.roll(final_blocks.blocks());
         let block = BlockRange::new(number, number).expect("one block");
-        let harvest = self.read_by_hash(block).await?;
+        let harvest = self.read_by_hash(block, &[]).await?;
         self.compare(block, harvest, None).await?;
         Ok(Step::Progress)
     }
@@ -262,8 +270,12 @@ impl<C: Chain> Auditor<C> {
         (self.dice >> 33) % bound
     }
 
-    /// One filter with the factory and the escrows, or without addresses where these are too many.
-    fn log_calls(&self, span: Span) -> Vec<Call> {
+    /// For these escrows; if none is named, one filter with the factory and all escrows, or without addresses where these are
+    /// too many.
+    fn log_calls(&self, span: Span, escrows: &[Address]) -> Vec<Call> {
+        if !escrows.is_empty() {
+            return log_calls(span, escrows, self.addresses, &self.topics);
+        }
         let registry = self.store.registry();
         if registry.len() == registry.watched_len() && registry.len() < self.addresses {
             let all: Vec<Address> =

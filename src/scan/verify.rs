@@ -1,7 +1,7 @@
 //! Reading blocks again on request, the other way than they were read, and comparing them with what stands. It uses what
 //! the [audit](super::Auditor) uses, and changes nothing.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,10 +12,11 @@ use thiserror::Error;
 use tracing::debug;
 
 use super::audit::Auditor;
+use super::harvest::Harvest;
 use super::limits::Size;
 use super::{Chain, Trouble};
 use crate::config::Config;
-use crate::event::{BlockRange, Signatures, event_id};
+use crate::event::{BlockRange, Decoded, Log, Recognised, Role, Signatures, event_id};
 use crate::store::{Place, Store, StoreError, on_disk};
 
 /// Blocks read by hash in one go, at most.
@@ -63,8 +64,7 @@ pub struct Verified {
     pub events: usize,
     /// What was not.
     pub findings: Vec<Finding>,
-    /// Escrows that were announced in these blocks and are not registered: what they emitted was not relayed either, and is
-    /// not among the findings.
+    /// Escrows that were announced in these blocks and are not registered: all that they emit is missing.
     pub unregistered: Vec<Address>,
 }
 
@@ -90,6 +90,8 @@ pub struct Verifier<C> {
     store: Arc<Store>,
     signatures: Arc<Signatures>,
     chain_id: u64,
+    /// Escrows announced in what was compared that are not registered, and the block that announced each.
+    strangers: BTreeMap<Address, u64>,
     /// What has not been compared.
     rest: Option<BlockRange>,
     by_range: Size,
@@ -112,6 +114,7 @@ impl<C: Chain> Verifier<C> {
             store,
             signatures,
             chain_id: config.chain.id,
+            strangers: BTreeMap::new(),
             rest: Some(blocks),
             by_range: Size::new(config.rpc.max_range.get()),
             by_hash: Size::new(BY_HASH),
@@ -151,53 +154,100 @@ impl<C: Chain> Verifier<C> {
         if by_range { &mut self.by_range } else { &mut self.by_hash }
     }
 
-    async fn compare(&self, blocks: BlockRange, was_by_hash: bool) -> Result<Verified, Trouble> {
-        let harvest = match was_by_hash {
-            true => self.auditor.read_by_range(blocks).await?,
-            false => self.auditor.read_by_hash(blocks).await?,
-        };
-        let (found, comparison) = self.auditor.find(&self.signatures, blocks, harvest).await?;
+    async fn read(
+        &self,
+        blocks: BlockRange,
+        was_by_hash: bool,
+        escrows: &[Address],
+    ) -> Result<Harvest, Trouble> {
+        match was_by_hash {
+            true => self.auditor.read_by_range(blocks, escrows).await,
+            false => self.auditor.read_by_hash(blocks, escrows).await,
+        }
+    }
+
+    async fn compare(&mut self, blocks: BlockRange, was_by_hash: bool) -> Result<Verified, Trouble> {
+        let harvest = self.read(blocks, was_by_hash, &[]).await?;
+        let signatures = Arc::clone(&self.signatures);
+        let (found, comparison) = self.auditor.find(&signatures, blocks, harvest).await?;
+        let mut findings = Vec::new();
         let missed: BTreeSet<Place> = comparison.missed.iter().copied().collect();
         // What is said to be missing is seen twice.
         self.auditor.confirm(missed.iter().map(|place| &found.events[place].0)).await?;
-        let extra = comparison.extra.clone();
-        let standing = on_disk(&self.store, move |store| store.standing_at(&extra)).await?;
-        let mut findings = Vec::new();
         for place in &missed {
             let (log, decoded) = &found.events[place];
             let difference = match comparison.extra.contains(place) {
                 true => Difference::Differs,
                 false => Difference::Missing,
             };
-            findings.push(Finding {
-                difference,
-                place: *place,
-                escrow: Some(decoded.escrow(log)),
-                event: Some(decoded.name().to_owned()),
-                event_id: Some(event_id(self.chain_id, &log.block.hash, log.log_index)),
-            });
+            findings.push(self.of_log(difference, log, decoded));
         }
-        for place in comparison.extra.iter().filter(|place| !missed.contains(place)) {
-            let entry = standing.get(place).map(|claimed| &claimed.entry);
-            findings.push(Finding {
-                difference: Difference::Extra,
-                place: *place,
-                escrow: entry.map(|entry| entry.escrow),
-                event: entry.map(|entry| entry.name.clone()),
-                event_id: entry.map(|entry| entry.event_id(self.chain_id)),
-            });
+        for (escrow, block) in &found.announced {
+            self.strangers.entry(*escrow).or_insert(block.number);
         }
-        for log in found.malformed.iter().filter(|log| comparison.odd.contains(&log.place())) {
-            findings.push(Finding {
-                difference: Difference::Undecodable,
-                place: log.place(),
-                escrow: Some(log.address),
-                event: None,
-                event_id: Some(log.event_id(self.chain_id)),
-            });
-        }
+        self.miss_strangers(blocks, was_by_hash, &mut findings).await?;
+        let extra = comparison.extra.into_iter().filter(|place| !missed.contains(place)).collect();
+        findings.extend(self.extra(extra).await?);
+        let odd = found.malformed.iter().filter(|log| comparison.odd.contains(&log.place()));
+        findings.extend(odd.map(|log| Finding {
+            difference: Difference::Undecodable,
+            place: log.place(),
+            escrow: Some(log.address),
+            event: None,
+            event_id: Some(log.event_id(self.chain_id)),
+        }));
         findings.sort_by_key(|finding| finding.place);
         let unregistered = found.announced.keys().copied().collect();
         Ok(Verified { blocks, events: found.events.len() - missed.len(), findings, unregistered })
+    }
+
+    fn of_log(&self, difference: Difference, log: &Log, decoded: &Decoded<'_>) -> Finding {
+        Finding {
+            difference,
+            place: (log.block.number, log.log_index),
+            escrow: Some(decoded.escrow(log)),
+            event: Some(decoded.name().to_owned()),
+            event_id: Some(event_id(self.chain_id, &log.block.hash, log.log_index)),
+        }
+    }
+
+    /// What escrows that are not registered emitted, from their announcements on.
+    async fn miss_strangers(
+        &self,
+        blocks: BlockRange,
+        was_by_hash: bool,
+        findings: &mut Vec<Finding>,
+    ) -> Result<(), Trouble> {
+        let escrows: Vec<Address> = self.strangers.keys().copied().collect();
+        if escrows.is_empty() {
+            return Ok(());
+        }
+        for log in self.read(blocks, was_by_hash, &escrows).await?.logs.values() {
+            let since = self.strangers.get(&log.address);
+            if since.is_none_or(|since| log.block.number < *since) {
+                continue;
+            }
+            if let Recognised::Known(decoded) = self.signatures.recognise(Role::Lifecycle, log) {
+                findings.push(self.of_log(Difference::Missing, log, &decoded));
+            }
+        }
+        Ok(())
+    }
+
+    /// Events that stand at these places, as far as their messages are still there.
+    async fn extra(&self, places: Vec<Place>) -> Result<Vec<Finding>, Trouble> {
+        let wanted = places.clone();
+        let standing = on_disk(&self.store, move |store| store.standing_at(&wanted)).await?;
+        let finding = |place| {
+            let entry = standing.get(&place).map(|claimed| &claimed.entry);
+            Finding {
+                difference: Difference::Extra,
+                place,
+                escrow: entry.map(|entry| entry.escrow),
+                event: entry.map(|entry| entry.name.clone()),
+                event_id: entry.map(|entry| entry.event_id(self.chain_id)),
+            }
+        };
+        Ok(places.into_iter().map(finding).collect())
     }
 }

@@ -1,14 +1,16 @@
 //! Looking at the store page by page: what commands show, beside a run or on a file. Nothing here changes anything, and no
 //! page holds more than it was asked for.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Bound;
 
 use alloy::primitives::Address;
 use redb::{ReadableDatabase, ReadableTable};
 
 use super::audit::Place;
-use super::schema::{ACKNOWLEDGED, EVENT_LOG, MARKS, QUARANTINE, REGISTRY, UNAUDITED, WATERMARK, decode};
+use super::schema::{
+    ACKNOWLEDGED, DIGESTS, EVENT_LOG, MARKS, PRUNED_BLOCK, QUARANTINE, REGISTRY, UNAUDITED, WATERMARK, decode,
+};
 use super::{Claimed, Escrow, Kind, Quarantined, Store, StoreError, log};
 use crate::event::BlockRange;
 
@@ -126,6 +128,48 @@ impl Store {
             Some((_, end)) => (to.min(end - 1), true),
         };
         Ok((BlockRange::new(from, last).expect("the first of the blocks is in it"), is_by_hash))
+    }
+
+    /// Events that stand in these blocks, and whose messages the log lacks, though they are of blocks of which nothing was
+    /// pruned: that is damage. Two numbers say that there are none; only if they differ these events are looked for.
+    pub fn unkept(&self, blocks: BlockRange) -> Result<Vec<Place>, StoreError> {
+        let read = self.db.begin_read()?;
+        let pruned = read.open_table(MARKS)?.get(PRUNED_BLOCK)?.map(|mark| mark.value());
+        let Some(blocks) = blocks.tail(pruned.map_or(0, |block| block + 1)) else {
+            return Ok(Vec::new());
+        };
+        let (log, digests) = (read.open_table(EVENT_LOG)?, read.open_table(DIGESTS)?);
+        let standing = || digests.range((blocks.from(), 0)..=(blocks.to(), u64::MAX));
+        let mut balance = standing()?.count() as i64;
+        let each = |look: &mut dyn FnMut(Place, Kind)| -> Result<(), StoreError> {
+            for found in log::entries(&log, 0..u64::MAX)? {
+                let (_, entry) = found?;
+                if blocks.contains(entry.block_number) {
+                    look((entry.block_number, entry.log_index), entry.kind);
+                }
+            }
+            Ok(())
+        };
+        each(&mut |_, kind| match kind {
+            Kind::Event => balance -= 1,
+            Kind::Retraction { .. } => balance += 1,
+        })?;
+        if balance == 0 {
+            return Ok(Vec::new());
+        }
+        let mut kept = BTreeSet::new();
+        each(&mut |place, kind| match kind {
+            Kind::Event => drop(kept.insert(place)),
+            Kind::Retraction { .. } => drop(kept.remove(&place)),
+        })?;
+        let mut unkept = Vec::new();
+        for row in standing()? {
+            let place = row?.0.value();
+            if !kept.contains(&place) {
+                unkept.push(place);
+            }
+        }
+        Ok(unkept)
     }
 
     /// The events that stand at these places, as far as the log still has them.

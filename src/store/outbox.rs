@@ -50,24 +50,25 @@ impl Store {
         Ok(())
     }
 
-    /// The messages that are refused, oldest first.
-    pub fn blocked(&self) -> Result<Vec<Blocked>, StoreError> {
+    /// What `look` takes of the messages that are refused, oldest first. One at a time is in memory: they may be large.
+    pub fn blocked<T>(&self, mut look: impl FnMut(Blocked) -> Option<T>) -> Result<Vec<T>, StoreError> {
         let read = self.db.begin_read()?;
-        let mut refusals = Vec::new();
+        let mut taken = Vec::new();
         for row in read.open_table(BLOCKED)?.iter()? {
             let (position, value) = row?;
-            refusals.push((position.value(), decode::<Refusal>("blocked", value.value())?));
-        }
-        drop(read);
-        let mut blocked = Vec::new();
-        for (position, refusal) in refusals {
-            let entry = self.entries_from(position, 1)?.entries.pop();
-            // It may have been taken meanwhile.
-            if let Some(claimed) = entry.filter(|claimed| claimed.position == position) {
-                blocked.push(Blocked { claimed, refusal });
+            let refusal = decode("blocked", value.value())?;
+            let entry = self.entries_from(position.value(), 1)?.entries.pop();
+            // It may have been given up meanwhile, and pruned.
+            if let Some(claimed) = entry.filter(|claimed| claimed.position == position.value()) {
+                taken.extend(look(Blocked { claimed, refusal }));
             }
         }
-        Ok(blocked)
+        Ok(taken)
+    }
+
+    /// How many messages are refused.
+    pub fn blocked_len(&self) -> Result<u64, StoreError> {
+        Ok(self.db.begin_read()?.open_table(BLOCKED)?.len()?)
     }
 
     /// Gives up a message that is refused: it counts as done, though nobody has it. `false`: it is refused no more. Whoever

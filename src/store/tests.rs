@@ -2,6 +2,7 @@ mod clock;
 mod crash;
 mod rows;
 mod status;
+mod stuck;
 mod values;
 
 use std::collections::{BTreeMap, BTreeSet};

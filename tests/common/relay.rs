@@ -359,6 +359,12 @@ impl Running {
         self.ended().await.good()
     }
 
+    /// SIGINT to what does not end well by it.
+    pub async fn interrupted(self) -> Finished {
+        self.signal("-INT");
+        self.ended().await
+    }
+
     /// SIGSTOP: it does nothing until it is thawed.
     pub fn freeze(&self) {
         self.signal("-STOP");

@@ -202,6 +202,23 @@ fn script() -> Script {
             let found = LateStretch { events: vec![missed], ..LateStretch::default() };
             store.accept_audited(crate::event::BlockRange::new(2, 2), &found).map(drop)
         }),
+        ("a message that is refused", |store| {
+            let last = store.entries() - 1;
+            store.settle(vec![], &[(last, "a lane".into(), "the test says so".into())])
+        }),
+        ("it is given up", |store| store.give_up(store.entries() - 1).map(drop)),
+        ("logs that do not decode yet", |store| {
+            let mut later = malformed(block(4, 2));
+            later.log_index += 1;
+            let quarantined = vec![malformed(block(4, 2)), later];
+            store.accept(&Stretch { quarantined, ..stretch(block(4, 2), &[], &[]) })
+        }),
+        ("one does now", |store| {
+            let events = vec![event(escrow(7), block(4, 2), 99, false)];
+            let found = LateStretch { events, ..LateStretch::default() };
+            store.release(&found, &[(4, 99)]).map(drop)
+        }),
+        ("the other is dropped", |store| store.drop_quarantined((4, 100)).map(drop)),
     ]
 }
 
@@ -235,6 +252,9 @@ fn rows(store: &Store) -> BTreeMap<String, Vec<String>> {
     put("watermark", vec![store.watermark().unwrap().to_string()]);
     put("progress", vec![format!("{:?}", lock(&store.progress))]);
     put("late_reads", vec![format!("{:?}", late::load(&store.db).unwrap())]);
+    let blocked =
+        store.blocked(|it| Some((it.claimed.position, it.refusal.lane, it.refusal.reason))).unwrap();
+    put("blocked", blocked.iter().map(|row| format!("{row:?}")).collect());
     put("tables", names);
     tables
 }
@@ -336,7 +356,7 @@ fn a_crash_at_any_write_or_sync_leaves_the_state_before_or_after_a_whole_step() 
                 for (name, step) in &script[state..] {
                     step(&store).unwrap_or_else(|error| panic!("{context}, then {name}: {error}"));
                 }
-                assert_eq!(store.cursor(), Some(block(3, 2)), "{context}");
+                assert_eq!(store.cursor(), Some(block(4, 2)), "{context}");
                 drop(store);
                 let store = open(&disk).unwrap();
                 claim_all_and_acknowledge(&store, |_| true).unwrap();

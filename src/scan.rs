@@ -318,7 +318,10 @@ impl<C: Chain> Scanner<C> {
         if self.target.is_none_or(|target| target < next) {
             let nothing_new = match self.announced() {
                 Some(head) => self.follow(next, head),
-                None if std::mem::take(&mut self.followed) => return Ok(Step::Idle),
+                // What is final can be asked for when nobody waits for it.
+                None if std::mem::take(&mut self.followed) && !self.finality_is_due() => {
+                    return Ok(Step::Idle);
+                }
                 None => self.poll(next).await?,
             };
             if let Some(step) = nothing_new {
@@ -362,7 +365,6 @@ impl<C: Chain> Scanner<C> {
         let says_all = self.settings.horizon == config::Horizon::Latest
             && self.factory_seen
             && self.store.cursor().is_some()
-            && !self.finality_is_due()
             && self.polled_at.is_some_and(|at| at.elapsed() < self.settings.poll_interval * WITHOUT_POLL);
         (says_all && head.block.number > self.finality.head).then_some(head)
     }

@@ -338,7 +338,7 @@ impl Observer {
     /// What it does right now. Blocks on the disk.
     pub fn status(&self) -> Result<Status, StoreError> {
         let mut status = Status::blank(self.chain.id, self.factory, self.sink.clone());
-        // Before the store is read: a cursor may be ahead of the horizon then, but lags by nothing that is not there.
+        // Before the store is read, which may have gone on since: the lag is never told too large.
         let facts = self.vitals.now_known();
         status.chain.start_block = self.chain.start_block;
         status.uptime_seconds = Some(self.vitals.uptime().as_secs());

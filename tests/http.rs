@@ -120,6 +120,14 @@ async fn the_metrics_are_well_formed_agree_with_what_happened_and_name_no_escrow
         ("relayer_blocked_lanes", 0.0),
         ("relayer_sink_outage", 0.0),
         ("relayer_provider_in_use", 0.0),
+        ("relayer_lag_blocks", 0.0),
+        ("relayer_oldest_unpublished_seconds", 0.0),
+        ("relayer_registered_escrows{state=\"watched\"}", 3.0),
+        ("relayer_registered_escrows{state=\"joining\"}", 0.0),
+        ("relayer_registered_escrows{state=\"archived\"}", 0.0),
+        ("relayer_registered_escrows{state=\"withdrawn\"}", 0.0),
+        ("relayer_quarantined_logs", 1.0),
+        (concat!("relayer_build_info{version=\"", env!("CARGO_PKG_VERSION"), "\"}"), 1.0),
     ];
     for (key, expected) in table {
         assert_eq!(metrics.get(key), expected, "{key}");

@@ -16,7 +16,7 @@ use common::{Answer, PubSub, Running, World};
 use serde_json::Value;
 
 const TOPIC: &str = "projects/test-project/topics/settlement.events.v1";
-const WIDTHS: [u32; 2] = [360, 1280];
+const WIDTHS: [u32; 3] = [360, 780, 1280];
 
 /// A chain, a Pub/Sub, and a relayer between them with its page.
 struct Scene {
@@ -128,6 +128,8 @@ async fn on_a_phone_and_on_a_desk_the_page_says_what_the_status_says_and_nothing
             let outside = "return [...document.querySelectorAll('body *')].filter(it => it.getBoundingClientRect().right > innerWidth + .5) \
                            .map(it => it.outerHTML.slice(0, 80))";
             assert_eq!(browser.run(outside).await, Value::from(Vec::<Value>::new()), "it is cut off");
+            let broken = "return [...document.querySelectorAll('#recent li > *')].filter(it => it.offsetHeight > 30).length";
+            assert_eq!(browser.run(broken).await, 0, "an event takes more than its line");
             picture(&browser, &format!("page-{width}-{}.png", if dark { "dark" } else { "light" })).await;
         }
     }
@@ -163,6 +165,7 @@ async fn a_new_event_appears_without_a_reload_and_a_relayer_that_is_gone_or_back
     browser.wait("that it is gone", "return !document.getElementById('gone').hidden").await;
     assert!(browser.text("gone").await.starts_with("The relayer does not answer (no connection)."));
     assert_eq!(browser.text("phase").await, "no answer");
+    picture(&browser, "gone.png").await;
     assert!(browser.text("recent").await.contains("Approved"), "what was known stays");
 
     let relayer = scene.start().await;

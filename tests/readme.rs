@@ -132,6 +132,24 @@ fn every_metric_stands_in_the_readme_with_its_meaning() {
 }
 
 #[test]
+fn every_reason_of_readiness_stands_in_the_readme() {
+    let said = include_str!("../src/http/ready.rs").split("because(").skip(1);
+    let words = said.filter_map(|rest| rest.trim_start().strip_prefix('"')?.split('"').next());
+    // What is a warning only has no row.
+    let words: BTreeSet<&str> =
+        words.filter(|word| !["blocked_lanes", "quarantined"].contains(word)).collect();
+    let section = README.split("## Watching it").nth(1).expect("the section is there");
+    let section = section.split("\n## ").next().expect("it has an end");
+    let table = section.split("| reason |").nth(1).and_then(|rest| rest.split("\n\n").next());
+    let told: BTreeSet<&str> = table
+        .expect("the table is there")
+        .lines()
+        .filter_map(|line| line.strip_prefix("| `")?.split('`').next())
+        .collect();
+    assert_eq!(told, words);
+}
+
+#[test]
 fn what_the_table_of_failures_promises_to_be_seen_is_what_the_program_says() {
     let program = sources::program();
     let section = README.split("## What fails, and what it does").nth(1).expect("the section is there");

@@ -1,5 +1,5 @@
 //! A node that costs next to nothing: every log is JSON before it is asked for, and an answer is copied together. It has
-//! a thread of its own, speaks real HTTP, answers after a given latency, and counts.
+//! a thread of its own, speaks real HTTP, answers after a given latency, and counts. Heads it announces over a web socket.
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -10,11 +10,14 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use alloy::primitives::{Address, B256};
+use futures_util::{SinkExt, StreamExt};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
+use tokio_tungstenite::accept_async;
+use tokio_tungstenite::tungstenite::Message;
 
 use super::events::{Emitted, block_hash, block_time};
 
@@ -32,6 +35,7 @@ pub struct Counts {
 /// The node. It ends on drop.
 pub struct Node {
     port: u16,
+    announcing_port: u16,
     shared: Arc<Shared>,
     _stop: oneshot::Sender<()>,
 }
@@ -43,6 +47,8 @@ struct Shared {
     requests: AtomicUsize,
     calls: AtomicUsize,
     get_logs: AtomicUsize,
+    /// The header announced last.
+    announced: watch::Sender<String>,
     /// The bodies of requests, while they are wanted.
     recorded: Mutex<Option<Vec<Vec<u8>>>>,
 }
@@ -60,20 +66,41 @@ impl Node {
             requests: AtomicUsize::new(0),
             calls: AtomicUsize::new(0),
             get_logs: AtomicUsize::new(0),
+            announced: watch::Sender::default(),
             recorded: Mutex::new(None),
         });
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("there is a free port");
-        let port = listener.local_addr().expect("it has an address").port();
+        let listen = || {
+            let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("there is a free port");
+            let port = listener.local_addr().expect("it has an address").port();
+            (listener, port)
+        };
+        let ((listener, port), (announcing, announcing_port)) = (listen(), listen());
         let (stop, stopped) = oneshot::channel();
         let serving = Arc::clone(&shared);
         // By their names a profile tells the threads apart.
         let thread = std::thread::Builder::new().name("node".to_owned());
-        thread.spawn(move || serve(listener, serving, stopped)).expect("a thread");
-        Node { port, shared, _stop: stop }
+        thread.spawn(move || serve(listener, announcing, serving, stopped)).expect("a thread");
+        Node { port, announcing_port, shared, _stop: stop }
     }
 
     pub fn url(&self) -> String {
         format!("http://127.0.0.1:{}", self.port)
+    }
+
+    /// Where new heads can be subscribed to.
+    pub fn announcing_url(&self) -> String {
+        format!("ws://127.0.0.1:{}", self.announcing_port)
+    }
+
+    /// Whether somebody has subscribed.
+    pub fn is_listened_to(&self) -> bool {
+        self.shared.announced.receiver_count() > 0
+    }
+
+    /// Announces the head.
+    pub fn announce(&self) {
+        let header = self.shared.chain().blocks.last().expect("there is block 0").header.clone();
+        self.shared.announced.send_replace(header);
     }
 
     /// From now on every request is answered so much later.
@@ -110,23 +137,71 @@ impl Node {
     }
 }
 
-fn serve(listener: std::net::TcpListener, shared: Arc<Shared>, stopped: oneshot::Receiver<()>) {
+fn serve(
+    listener: std::net::TcpListener,
+    announcing: std::net::TcpListener,
+    shared: Arc<Shared>,
+    stopped: oneshot::Receiver<()>,
+) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-    listener.set_nonblocking(true).expect("a socket can be non-blocking");
-    let accept = async {
-        let listener = TcpListener::from_std(listener).expect("a listening socket");
-        loop {
-            let (stream, _) = listener.accept().await.expect("connections can be accepted");
-            stream.set_nodelay(true).expect("a socket can be set so");
-            tokio::spawn(connection(stream, Arc::clone(&shared)));
-        }
-    };
     runtime.block_on(async {
         tokio::select! {
             _ = stopped => {}
-            () = accept => {}
+            () = accept(listener, |stream| connection(stream, Arc::clone(&shared))) => {}
+            () = accept(announcing, |stream| announcements(stream, Arc::clone(&shared))) => {}
         }
     });
+}
+
+async fn accept<F>(listener: std::net::TcpListener, serve: impl Fn(TcpStream) -> F)
+where
+    F: Future<Output = Option<()>> + Send + 'static,
+{
+    listener.set_nonblocking(true).expect("a socket can be non-blocking");
+    let listener = TcpListener::from_std(listener).expect("a listening socket");
+    loop {
+        let (stream, _) = listener.accept().await.expect("connections can be accepted");
+        stream.set_nodelay(true).expect("a socket can be set so");
+        tokio::spawn(serve(stream));
+    }
+}
+
+/// A web socket: whoever subscribes hears of each head that is announced.
+async fn announcements(stream: TcpStream, shared: Arc<Shared>) -> Option<()> {
+    let mut socket = accept_async(stream).await.ok()?;
+    let mut heads = None;
+    loop {
+        let announced = async {
+            match &mut heads {
+                None => std::future::pending().await,
+                Some(heads) => changed(heads).await,
+            }
+        };
+        let text = tokio::select! {
+            message = socket.next() => match message?.ok()? {
+                Message::Text(text) => {
+                    let call: Call<'_> = serde_json::from_str(&text).expect("a call");
+                    if call.method == "eth_subscribe" {
+                        heads = Some(shared.announced.subscribe());
+                        format!("{{\"jsonrpc\":\"2.0\",\"id\":{},\"result\":\"0x1\"}}", call.id)
+                    } else {
+                        shared.answer(text.as_bytes()).0
+                    }
+                }
+                Message::Close(_) => return None,
+                Message::Binary(_) | Message::Ping(_) | Message::Pong(_) | Message::Frame(_) => continue,
+            },
+            header = announced => format!(
+                "{{\"jsonrpc\":\"2.0\",\"method\":\"eth_subscription\",\"params\":{{\"subscription\":\"0x1\",\"result\":{header}}}}}"
+            ),
+        };
+        socket.send(Message::text(text)).await.ok()?;
+    }
+}
+
+async fn changed(heads: &mut watch::Receiver<String>) -> String {
+    heads.changed().await.expect("its sender lives as long as the node");
+    heads.borrow_and_update().clone()
 }
 
 /// One connection: request after request.

@@ -78,6 +78,25 @@ impl<'c> Ratios<'c> {
         }
     }
 
+    /// The slow ones: of a hundred runs the slowest but one against that of the floor, of which `target` times and `slack` more
+    /// are allowed.
+    pub fn compare_slow(&mut self, ours: &str, floor: &str, target: f64, slack: Duration) {
+        let slow = |name: &str| {
+            let mut seconds = self.rows.iter().find(|(row, _)| row == name)?.1.clone();
+            seconds.sort_by(f64::total_cmp);
+            seconds.get(seconds.len().checked_sub(1)? * 99 / 100).copied()
+        };
+        let (Some(slow_ours), Some(slow_floor)) = (slow(ours), slow(floor)) else { return };
+        let allowed = slow_floor * target + slack.as_secs_f64();
+        let verdict = if is_test() || slow_ours <= allowed { "" } else { ": missed" };
+        self.said.push(format!(
+            "p99: {ours} {}, {floor} {} (target {target} times + {slack:?} = {}){verdict}",
+            pretty(slow_ours),
+            pretty(slow_floor),
+            pretty(allowed)
+        ));
+    }
+
     /// The same without a target.
     pub fn relate(&mut self, ours: &str, floor: &str) {
         if let Some(ratio) = self.ratio(ours, floor) {

@@ -487,7 +487,8 @@ fn however_instances_come_pause_and_go_no_two_hold_the_lease_at_once() {
     proptest!(ProptestConfig::with_cases(60), |(lives in prop::collection::vec(life(), 2..5))| {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
         runtime.block_on(async {
-            let (bucket, permits): (Arc<Bucket>, Arc<Mutex<Vec<Arc<Permit>>>>) = Default::default();
+            let bucket = Arc::<Bucket>::default();
+            let permits = Arc::<Mutex<Vec<Arc<Permit>>>>::default();
             let lives: Vec<_> = (0..).zip(lives).map(|(number, life)| {
                 tokio::spawn(live(Arc::clone(&bucket), format!("{number}"), life, Arc::clone(&permits)))
             }).collect();

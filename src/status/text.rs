@@ -156,3 +156,98 @@ impl Status {
 fn span(seconds: u64) -> String {
     humantime::format_duration(Duration::from_secs(seconds)).to_string()
 }
+
+#[cfg(test)]
+mod tests {
+    use alloy::primitives::{Address, B256};
+
+    use super::super::{Block, Late, Provider, Recent};
+    use super::*;
+    use crate::status::Events;
+    use crate::store::Census;
+    use crate::vitals::BlockedLane;
+
+    fn with_everything() -> Status {
+        let mut status = Status::blank(5, Address::repeat_byte(0xFA), "Pub/Sub projects/p/topics/t".into());
+        status.version = "1.2.3".into();
+        status.at = 10_000;
+        status.phase = Phase::CatchingUp;
+        status.uptime_seconds = Some(3_725);
+        let hash = B256::repeat_byte(0xAB);
+        let chain = &mut status.chain;
+        (chain.head, chain.head_age_seconds, chain.lag_blocks) = (Some(900), Some(3), Some(150));
+        (chain.cursor, chain.finalized) = (Some(Block { number: 748, hash }), Some(836));
+        chain.retractions_stopped = true;
+        status.escrows = Some(Census { watched: 7, joining: 0, archived: 2, withdrawn: 1 });
+        status.late_reads = vec![Late { next_block: 12, signatures: 1 }];
+        let recent = Recent {
+            name: "Approved".into(),
+            escrow: Address::repeat_byte(1),
+            block: 747,
+            sequence: 2,
+            late: true,
+            stored_at: 9_940,
+        };
+        status.events = Some(Events {
+            ever: 40,
+            waiting: 3,
+            oldest_unpublished_seconds: Some(130),
+            oldest_unblocked_seconds: None,
+            published_per_second: Some(0.25),
+            quarantined: 1,
+            recent: vec![recent],
+        });
+        let sink = &mut status.sink;
+        (sink.outage_since, sink.blocked_lanes, sink.stopped) = (Some(9_995), Some(30), true);
+        sink.blocked =
+            vec![BlockedLane { lane: "escrow-7".into(), reason: "too large".into(), since: 9_000 }];
+        status.providers = vec![Provider {
+            place: 0,
+            url: "https://rpc.example/…".into(),
+            answers: false,
+            silent_seconds: Some(9),
+            wrong_chain: false,
+            lag_blocks: 6,
+            in_use: true,
+        }];
+        status.rpc_calls = Some(1_234);
+        status.faults =
+            vec![Fault { at: 9_991, error: false, text: "The RPC provider does not answer".into() }];
+        status
+    }
+
+    #[test]
+    fn everything_that_is_known_has_a_line_that_a_person_can_read() {
+        let expected = "\
+relayer 1.2.3, catching up, for 1h 2m 5s
+chain       5, factory 0xfafafafafafafafafafafafafafafafafafafafa
+cursor      block 748  0xabababababababababababababababababababababababababababababababab
+head        block 900, seen 3s ago
+lag         150 blocks
+finalized   block 836
+            a fork would withdraw too many messages: reading stands still
+escrows     7 watched, 2 archived, 1 withdrawn
+late read   history is read once more, from block 12 on
+events      40 ever, 3 waiting (the oldest for 2m 10s), 1 quarantined, 0.2 a second
+            Approved of 0x0101010101010101010101010101010101010101, block 747 (late), 1m ago
+sink        Pub/Sub projects/p/topics/t: answers nobody for 5s
+blocked     30 lanes
+            escrow-7 for 16m 40s: too large
+            they hold as many messages as may be held: nothing is published behind them
+provider 0  https://rpc.example/…  does not answer, 6 blocks behind, in use
+calls       1234
+warning     9s ago: The RPC provider does not answer
+";
+        assert_eq!(with_everything().to_string(), expected);
+    }
+
+    #[test]
+    fn what_is_not_known_has_no_line() {
+        let status = Status::blank(5, Address::ZERO, "stdout".into());
+        let lines: Vec<String> = status.to_string().lines().map(str::to_owned).collect();
+        let factory = format!("chain       5, factory {:#x}", Address::ZERO);
+        let version = env!("CARGO_PKG_VERSION");
+        let first = format!("relayer {version}, starting: as its store has it");
+        assert_eq!(lines, [first, factory, "sink        stdout".to_owned()]);
+    }
+}

@@ -78,7 +78,8 @@ impl io::Write for AboveTheBar {
     }
 }
 
-/// Keeps what we warn of. A fault is logged once when it begins, without secrets: that is what a status shows.
+/// Keeps what we warn of. A fault is logged once when it begins, without secrets: that is what a status shows. What `RUST_LOG`
+/// keeps from the log it keeps from there, too.
 struct Faults(Arc<Vitals>);
 
 impl<S: Subscriber> Layer<S> for Faults {

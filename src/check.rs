@@ -8,11 +8,11 @@ use alloy::primitives::Address;
 
 use crate::config::{Config, SinkKind};
 use crate::event::{BlockRange, Header, Log, Recognised, Role, Signatures};
-use crate::pubsub::find_topic;
+use crate::pubsub::{Topic, find_topic};
 use crate::rpc::{Refusing, Rpc};
 use crate::scan::{Answer, BlockTag, Call, LogFilter, Refused, Span};
-use crate::store::{Added, Store};
-use crate::{identity, sample, signatures};
+use crate::store::{self, Added, Store};
+use crate::{identity, sample, signatures, snapshot};
 
 /// Ranges of `rpc.max_range` blocks in which the factory's logs are looked for, from the head back, at most.
 const EVENT_RANGES: usize = 8;
@@ -82,6 +82,9 @@ pub async fn check(config: &Config, mut tell: impl FnMut(&Finding)) -> bool {
         Err(error) => say(finding(Outcome::Bad, "rpc", error.to_string())),
     }
     say(check_storage(config));
+    if let Some(folder) = &config.storage.snapshot_dir {
+        say(check_snapshots(config, folder));
+    }
     say(check_sink(config).await);
     all_good
 }
@@ -305,6 +308,9 @@ async fn try_logs(rpc: &Rpc, provider: usize, filter: LogFilter) -> Result<(), S
 fn check_storage(config: &Config) -> Finding {
     let path = &config.storage.path;
     let name = format!("storage {}", path.display());
+    if let Err(error) = store::suits(path) {
+        return finding(Outcome::Bad, name, error.to_string());
+    }
     if !path.exists() {
         return match (config.chain.start_block, writable(path)) {
             (None, _) => finding(
@@ -359,6 +365,28 @@ fn check_storage(config: &Config) -> Finding {
     }
 }
 
+fn check_snapshots(config: &Config, folder: &Path) -> Finding {
+    let name = format!("snapshots {}", folder.display());
+    let tried = if folder.exists() { writable(&folder.join("probe")) } else { writable(folder) };
+    if let Err(error) = tried {
+        let remedy = "mount it, or let this user write to storage.snapshot_dir";
+        return finding(Outcome::Bad, name, format!("cannot be written: {error}; {remedy}"));
+    }
+    let listed = snapshot::configured(&config.storage).map(|snapshots| snapshots.list()).transpose();
+    let listed = match listed {
+        Ok(listed) => listed.unwrap_or_default(),
+        Err(error) => return finding(Outcome::Bad, name, error.to_string()),
+    };
+    match listed.iter().find_map(|listed| listed.manifest.as_ref().ok()) {
+        None if listed.is_empty() => finding(Outcome::Good, name, "can be written; there are none yet"),
+        None => finding(Outcome::Bad, name, "none of those there are can be read"),
+        Some(newest) => {
+            let (file, made_at) = (newest.file(), &newest.made_at);
+            finding(Outcome::Good, name, format!("can be written; the newest is {file} of {made_at}"))
+        }
+    }
+}
+
 /// Whether a file could be made there; none is left behind.
 fn writable(path: &Path) -> std::io::Result<()> {
     let mut probe = path.as_os_str().to_owned();
@@ -381,7 +409,8 @@ async fn check_sink(config: &Config) -> Finding {
             }
         }
         SinkKind::Pubsub { .. } => match find_topic(&config.sink).await {
-            Ok(detail) => finding(Outcome::Good, "sink Pub/Sub", detail),
+            Ok(Topic::There(detail)) => finding(Outcome::Good, "sink Pub/Sub", detail),
+            Ok(Topic::Hidden(detail)) => finding(Outcome::Notable, "sink Pub/Sub", detail),
             Err(detail) => finding(Outcome::Bad, "sink Pub/Sub", detail),
         },
     }

@@ -272,6 +272,7 @@ impl Relay {
             Arc::clone(&self.store),
             Arc::clone(&self.rpc),
             until != Until::Forever,
+            self.config.sink.kind == SinkKind::Stdout,
         );
         let telling = AbortOnDropHandle::new(tokio::spawn(telling));
         let mut publisher = Publisher::new(self.sink, Arc::clone(&self.store), &self.config.sink)

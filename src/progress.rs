@@ -59,8 +59,14 @@ impl fmt::Display for Numbers {
 }
 
 /// Tells how far the run is, for ever. `goal`: the last block to read, 0 while it is not known; `has_end`: whether the run
-/// ends there.
-pub(crate) async fn tell(goal: watch::Receiver<u64>, store: Arc<Store>, rpc: Arc<Rpc>, has_end: bool) {
+/// ends there; `events_are_printed`: on standard output.
+pub(crate) async fn tell(
+    goal: watch::Receiver<u64>,
+    store: Arc<Store>,
+    rpc: Arc<Rpc>,
+    has_end: bool,
+    events_are_printed: bool,
+) {
     let (began, first, entries, calls) = (Instant::now(), store.next_block(), store.entries(), rpc.calls());
     let numbers = || Numbers {
         block: store.next_block().saturating_sub(1),
@@ -71,7 +77,8 @@ pub(crate) async fn tell(goal: watch::Receiver<u64>, store: Arc<Store>, rpc: Arc
         seconds: began.elapsed().as_secs_f64(),
         waiting: store.waiting(),
     };
-    match telemetry::progress_bar().filter(|_| has_end) {
+    let bar = if has_end { telemetry::progress_bar(events_are_printed) } else { None };
+    match bar {
         Some(bar) => draw(&bar, numbers, first).await,
         None => loop {
             sleep(LINE_EVERY).await;

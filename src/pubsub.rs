@@ -8,7 +8,7 @@ use std::sync::Arc;
 use thiserror::Error;
 
 pub(crate) use google::topic_name;
-pub use google::{GooglePubSub, find_topic};
+pub use google::{GooglePubSub, Topic, find_topic};
 pub use lines::Lines;
 
 use crate::config::{self, SinkKind};

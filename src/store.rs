@@ -242,9 +242,7 @@ impl Store {
         start_block: Option<u64>,
         added: Added,
     ) -> Result<Self, StoreError> {
-        if let Some(why) = mount::unsuitable(path) {
-            return Err(StoreError::Unsuitable { path: path.to_owned(), why });
-        }
+        suits(path)?;
         unbroken(path, || {
             let db = match path.symlink_metadata() {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -592,6 +590,14 @@ impl Store {
     /// How many entries the log holds.
     pub fn log_len(&self) -> Result<u64, StoreError> {
         log::len(&self.db.begin_read()?.open_table(EVENT_LOG)?)
+    }
+}
+
+/// Whether a store can live at `path`: not on every file system.
+pub fn suits(path: &Path) -> Result<(), StoreError> {
+    match mount::unsuitable(path) {
+        Some(why) => Err(StoreError::Unsuitable { path: path.to_owned(), why }),
+        None => Ok(()),
     }
 }
 

@@ -329,16 +329,36 @@ async fn check_finds_everything_in_order_and_leaves_no_trace() {
 }
 
 #[tokio::test]
+async fn check_passes_with_a_note_where_the_account_may_publish_and_not_look() {
+    let (world, pubsub) = (World::new().await, PubSub::start().await);
+    pubsub.hide_topics();
+    let (folder, emulator) = (world.setup.path("snapshots"), pubsub.endpoint());
+    let setup = world.setup.with("PUBSUB_PROJECT_ID", "test-project").with("PUBSUB_EMULATOR_HOST", emulator);
+    let setup = setup.with("RELAYER_STORAGE__SNAPSHOT_DIR", folder.display());
+    let ended = setup.run(&["check"]).await.good();
+    let line = |item: &str| ended.stdout.iter().find(|line| line.contains(item)).expect("a line").clone();
+    let sink = line("sink Pub/Sub");
+    assert!(sink.starts_with("note") && sink.contains("roles/pubsub.publisher"), "{sink}");
+    let snapshots = line("snapshots ");
+    assert!(snapshots.starts_with("ok") && snapshots.contains("there are none yet"), "{snapshots}");
+    assert!(!folder.exists(), "it only looks");
+}
+
+#[tokio::test]
 async fn check_fails_with_a_line_for_each_thing_that_would_not_work() {
     let world = World::new().await;
     let pubsub = PubSub::start().await;
     let (nowhere, emulator) = (format!("{:#x}", Address::repeat_byte(9)), pubsub.endpoint());
-    let table: [(Variables, Said); 8] = [
+    let table: [(Variables, Said); 9] = [
         (&[("CONTRACT_ADDRESS", &nowhere)], &["factory", &nowhere, "no code"]),
         (&[("CHAIN_ID", "5")], &["chain id", "31337", "5"]),
         (&[("RPC_URL", NOBODY)], &["rpc http://127.0.0.1:1", "answers"]),
         (&[("RELAYER_STORAGE__PATH", "no/such/folder/x.redb")], &["storage", "no/such/folder/x.redb"]),
         (&[("START_BLOCK", "")], &["storage", "chain.start_block"]),
+        (
+            &[("RELAYER_STORAGE__SNAPSHOT_DIR", "no/such/folder")],
+            &["snapshots no/such/folder", "storage.snapshot_dir"],
+        ),
         (
             &[("RELAYER_SINK__KIND", "file"), ("RELAYER_SINK__PATH", "no/such/folder/x.jsonl")],
             &["sink", "no/such/folder/x.jsonl"],

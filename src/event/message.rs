@@ -3,8 +3,9 @@
 use std::io::Write;
 
 use alloy::dyn_abi::DynSolValue;
-use alloy::primitives::{Address, B256, Keccak256, hex};
+use alloy::primitives::{Address, B256, hex};
 use serde_json::value::RawValue;
+use sha2::{Digest, Sha256};
 
 use super::Log;
 
@@ -39,15 +40,17 @@ pub fn retraction_id(retracted: &str, sequence: u64) -> String {
     format!("{retracted}:retracted:{sequence}")
 }
 
-/// What a log says, wherever it stands in its block: by this an audit knows an event again. Never 0.
+/// What a log says, wherever it stands in its block: by this an audit knows an event again. Never 0. Processors have SHA-256;
+/// Keccak takes as long as all the rest of an event.
 pub fn digest(log: &Log) -> u64 {
-    let mut hasher = Keccak256::new();
+    let mut hasher = Sha256::new();
     hasher.update(log.block.hash);
     hasher.update(log.transaction_hash);
     hasher.update(log.address);
     log.topics.iter().for_each(|topic| hasher.update(topic));
     hasher.update(&log.data);
-    let [a, b, c, d, e, f, g, h, ..] = hasher.finalize().0;
+    let hash: [u8; 32] = hasher.finalize().into();
+    let [a, b, c, d, e, f, g, h, ..] = hash;
     u64::from_be_bytes([a, b, c, d, e, f, g, h]).max(1)
 }
 
@@ -73,30 +76,41 @@ pub struct Body {
 impl Body {
     pub(super) fn new(fields: &Fields<'_>) -> Self {
         let log = fields.log;
-        let id = event_id(fields.chain_id, &log.block.hash, log.log_index);
-        let mut bytes = Vec::with_capacity(1024);
-        put(
-            &mut bytes,
-            format_args!("{{\"schema_version\":{SCHEMA_VERSION},\"event_id\":\"{id}\",\"sequence\":"),
-        );
-        let gap = bytes.len();
+        let mut bytes = Vec::with_capacity(2048);
+        let to = &mut bytes;
+        text(to, "{\"schema_version\":");
+        number(to, SCHEMA_VERSION.into());
+        // As `event_id` has it.
+        text(to, ",\"event_id\":\"");
+        number(to, fields.chain_id);
+        text(to, ":");
+        hexadecimal(to, log.block.hash.as_slice());
+        text(to, ":");
+        number(to, log.log_index);
+        text(to, "\",\"sequence\":");
+        let gap = to.len();
+        text(to, ",\"chain_id\":");
+        number(to, fields.chain_id);
+        text(to, ",\"contract_address\":");
+        hex_string(to, log.address.as_slice());
+        text(to, ",\"event_name\":");
+        json_string(to, fields.event);
+        text(to, ",\"block_number\":");
+        number(to, log.block.number);
+        text(to, ",\"block_hash\":");
+        hex_string(to, log.block.hash.as_slice());
         let time = rfc3339(fields.timestamp);
-        put(
-            &mut bytes,
-            format_args!(
-                ",\"chain_id\":{},\"contract_address\":\"{:#x}\",\"event_name\":",
-                fields.chain_id, log.address
-            ),
-        );
-        json_string(&mut bytes, fields.event);
-        put(
-            &mut bytes,
-            format_args!(
-                ",\"block_number\":{},\"block_hash\":\"{}\",\"block_timestamp\":\"{time}\",\"timestamp\":\"{time}\",\
-                 \"transaction_hash\":\"{}\",\"transaction_index\":{},\"log_index\":{},\"args\":{{",
-                log.block.number, log.block.hash, log.transaction_hash, log.transaction_index, log.log_index
-            ),
-        );
+        text(to, ",\"block_timestamp\":\"");
+        text(to, &time);
+        text(to, "\",\"timestamp\":\"");
+        text(to, &time);
+        text(to, "\",\"transaction_hash\":");
+        hex_string(to, log.transaction_hash.as_slice());
+        text(to, ",\"transaction_index\":");
+        number(to, log.transaction_index);
+        text(to, ",\"log_index\":");
+        number(to, log.log_index);
+        text(to, ",\"args\":{");
         let arguments = bytes.len();
         for (index, name) in fields.names.iter().enumerate() {
             if index > 0 {
@@ -152,7 +166,14 @@ fn value(bytes: &mut Vec<u8>, of: &DynSolValue) {
     match of {
         DynSolValue::Bool(it) => put(bytes, format_args!("{it}")),
         DynSolValue::Int(it, _) => put(bytes, format_args!("\"{it}\"")),
-        DynSolValue::Uint(it, _) => put(bytes, format_args!("\"{it}\"")),
+        DynSolValue::Uint(it, _) => match u64::try_from(it) {
+            Ok(small) => {
+                text(bytes, "\"");
+                number(bytes, small);
+                text(bytes, "\"");
+            }
+            Err(_) => put(bytes, format_args!("\"{it}\"")),
+        },
         DynSolValue::FixedBytes(word, size) => hex_string(bytes, &word[..*size]),
         DynSolValue::Address(it) => hex_string(bytes, it.as_slice()),
         DynSolValue::Function(it) => hex_string(bytes, it.as_slice()),
@@ -180,14 +201,29 @@ fn put(bytes: &mut Vec<u8>, text: std::fmt::Arguments<'_>) {
     bytes.write_fmt(text).expect("writing to memory");
 }
 
+fn text(bytes: &mut Vec<u8>, text: &str) {
+    bytes.extend_from_slice(text.as_bytes());
+}
+
+fn number(bytes: &mut Vec<u8>, number: u64) {
+    serde_json::to_writer(bytes, &number).expect("a number is JSON");
+}
+
 fn json_string(bytes: &mut Vec<u8>, text: &str) {
     serde_json::to_writer(bytes, text).expect("a string is JSON");
 }
 
 fn hex_string(bytes: &mut Vec<u8>, data: &[u8]) {
-    bytes.extend_from_slice(b"\"0x");
-    bytes.extend_from_slice(hex::encode(data).as_bytes());
     bytes.push(b'"');
+    hexadecimal(bytes, data);
+    bytes.push(b'"');
+}
+
+fn hexadecimal(bytes: &mut Vec<u8>, data: &[u8]) {
+    text(bytes, "0x");
+    let begin = bytes.len();
+    bytes.resize(begin + 2 * data.len(), 0);
+    hex::encode_to_slice(data, &mut bytes[begin..]).expect("there is room for two digits a byte");
 }
 
 /// Seconds since 1970 as `2026-01-01T00:00:00Z`; a node's nonsense beyond the year 9999 becomes that year's end.

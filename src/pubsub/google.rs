@@ -236,24 +236,33 @@ impl RetryPolicy for OneAttempt {
     }
 }
 
-/// Looks whether the topic is there, without sending anything to it. `Ok`: what was found; `Err`: what to do.
-pub async fn find_topic(config: &config::Sink) -> Result<String, String> {
+/// What can be said of a topic without sending anything to it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Topic {
+    /// It is there.
+    There(String),
+    /// This account may not look at it, which publishing does not need.
+    Hidden(String),
+}
+
+/// Looks whether the topic is there, without sending anything to it. `Err`: what to do.
+pub async fn find_topic(config: &config::Sink) -> Result<Topic, String> {
     let SinkKind::Pubsub { project, topic, endpoint, emulator } = &config.kind else {
         return Err("sink.kind is not \"pubsub\"".into());
     };
     let topic = topic_name(project, topic);
-    let found: std::pin::Pin<Box<dyn Future<Output = Result<(), String>> + Send>> = match endpoint {
+    let found: std::pin::Pin<Box<dyn Future<Output = Result<Topic, String>> + Send>> = match endpoint {
         Some(endpoint) if *emulator => Box::pin(emulated_topic(endpoint, &topic)),
         _ => Box::pin(admin_topic(endpoint.as_deref(), &topic)),
     };
     match tokio::time::timeout(config.timeout, found).await {
-        Ok(found) => found.map(|()| format!("{topic} is there")),
+        Ok(found) => found,
         Err(_) => Err(format!("no answer within {:?}", config.timeout)),
     }
 }
 
 /// Emulators speak gRPC; not all of them speak the REST of the library's admin client.
-async fn emulated_topic(endpoint: &str, topic: &str) -> Result<(), String> {
+async fn emulated_topic(endpoint: &str, topic: &str) -> Result<Topic, String> {
     use googleapis_tonic_google_pubsub_v1::google::pubsub::v1::GetTopicRequest;
     use googleapis_tonic_google_pubsub_v1::google::pubsub::v1::publisher_client::PublisherClient;
 
@@ -262,31 +271,36 @@ async fn emulated_topic(endpoint: &str, topic: &str) -> Result<(), String> {
     let channel = channel.connect().await.map_err(|_| format!("nothing answers at {endpoint}"))?;
     let request = GetTopicRequest { topic: topic.to_owned() };
     match PublisherClient::new(channel).get_topic(request).await {
-        Ok(_) => Ok(()),
+        Ok(_) => Ok(Topic::There(format!("{topic} is there"))),
         Err(status) if status.code() == tonic::Code::NotFound => {
             Err(format!("{topic} does not exist: create it"))
         }
+        Err(status) if status.code() == tonic::Code::PermissionDenied => Ok(hidden(topic)),
         Err(status) => Err(format!("{topic}: {}", status.message())),
     }
 }
 
-async fn admin_topic(endpoint: Option<&str>, topic: &str) -> Result<(), String> {
+/// Publishing needs another permission than looking.
+fn hidden(topic: &str) -> Topic {
+    Topic::Hidden(format!(
+        "{topic}: this account may not look at it, so only the first message will show whether it is there; publishing needs \
+         roles/pubsub.publisher alone, this check roles/pubsub.viewer"
+    ))
+}
+
+async fn admin_topic(endpoint: Option<&str>, topic: &str) -> Result<Topic, String> {
     let mut admin = google_cloud_pubsub::client::TopicAdmin::builder();
     if let Some(endpoint) = endpoint {
         admin = admin.with_endpoint(endpoint);
     }
     let admin = admin.build().await.map_err(|error| error.to_string())?;
     match admin.get_topic().set_topic(topic).send().await {
-        Ok(_) => Ok(()),
+        Ok(_) => Ok(Topic::There(format!("{topic} is there"))),
         Err(error) => match error.status().map(|status| status.code) {
             Some(Code::NotFound) => {
                 Err(format!("{topic} does not exist: create it with `gcloud pubsub topics create {topic}`"))
             }
-            // Publishing needs another permission than looking.
-            Some(Code::PermissionDenied) => Err(format!(
-                "{topic}: this account may not look at it (pubsub.topics.get); it needs roles/pubsub.publisher to publish \
-                 and roles/pubsub.viewer for this check"
-            )),
+            Some(Code::PermissionDenied) => Ok(hidden(topic)),
             _ => Err(format!("{topic}: {error}")),
         },
     }

@@ -156,12 +156,24 @@ pub(super) fn migrate(db: &Database, life: &mut Life) -> Result<(), StoreError> 
     transaction.open_table(LATE_READS)?;
     transaction.open_table(UNAUDITED)?;
     transaction.open_table(BLOCKED)?;
-    if life.schema < 3 {
-        digest_log(&transaction)?;
+    match life.schema {
+        ..3 => digest_log(&transaction)?,
+        _ => forget_digests(&transaction)?,
     }
     life.schema = SCHEMA;
     transaction.open_table(META)?.insert(IDENTITY, encode(life)?.as_slice())?;
     transaction.commit()?;
+    Ok(())
+}
+
+/// Layout 3 made them otherwise: that the events stand is all that is known of them.
+fn forget_digests(transaction: &WriteTransaction) -> Result<(), StoreError> {
+    let mut digests = transaction.open_table(DIGESTS)?;
+    let standing: Vec<(u64, u64)> =
+        digests.iter()?.map(|row| row.map(|(key, _)| key.value())).collect::<Result<_, _>>()?;
+    for key in standing {
+        digests.insert(key, 0)?;
+    }
     Ok(())
 }
 

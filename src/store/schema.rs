@@ -23,7 +23,7 @@ pub(super) const QUARANTINE: TableDefinition<(u64, u64), &[u8]> = TableDefinitio
 /// Number → [`LateRead`], ascending in the order they were asked for.
 pub(super) const LATE_READS: TableDefinition<u64, &[u8]> = TableDefinition::new("late_reads");
 /// (block, log index) → [`digest`](crate::event::digest) of each event that stands, also when its entry was pruned; 0
-/// where layout 2 had not kept it.
+/// where layout 2 had not kept it, or layout 3 had made it otherwise.
 pub(super) const DIGESTS: TableDefinition<(u64, u64), u64> = TableDefinition::new("digests");
 /// First block → one past the last, of runs of blocks that were read while they could leave the chain, and not again since.
 pub(super) const UNAUDITED: TableDefinition<u64, u64> = TableDefinition::new("unaudited");
@@ -51,7 +51,7 @@ pub(super) const DIGESTS_FROM: &str = "digests_from";
 
 /// Version of this layout. 1 had no [`LATE_READS`] and no escrow that was [`EscrowState::Joining`]; 2 had no [`DIGESTS`], no
 /// [`UNAUDITED`], no escrow that was [`EscrowState::Archived`], and wider rows of escrows, which are still read; 3 had a row in
-/// [`EVENT_LOG`] for each entry, which is still read, too, and no [`BLOCKED`].
+/// [`EVENT_LOG`] for each entry, which is still read, too, no [`BLOCKED`], and digests made otherwise.
 pub(super) const SCHEMA: u32 = 4;
 pub(super) const VALUE_VERSION: u8 = 1;
 const COMPACT_VERSION: u8 = 2;

@@ -47,9 +47,9 @@ fn bar() -> MutexGuard<'static, Option<ProgressBar>> {
     BAR.lock().expect("no code that panics runs under this lock")
 }
 
-/// A bar on standard error, below the log lines. `None`: it is no terminal, or standard output prints to it, too.
-pub fn progress_bar() -> Option<ProgressBar> {
-    if !io::stderr().is_terminal() || io::stdout().is_terminal() {
+/// A bar on standard error, below the log lines. `None`: it is no terminal, or events are printed to one, too.
+pub fn progress_bar(events_are_printed: bool) -> Option<ProgressBar> {
+    if !io::stderr().is_terminal() || events_are_printed && io::stdout().is_terminal() {
         return None;
     }
     Some(bar().insert(ProgressBar::new(0)).clone())

@@ -181,6 +181,11 @@ impl PubSub {
         self.shared.create_topic(topic).expect("the topic can be created").name
     }
 
+    /// From now on nobody may look at a topic, as with `roles/pubsub.publisher` alone; publishing goes on.
+    pub fn hide_topics(&self) {
+        self.shared.lock().topics_are_hidden = true;
+    }
+
     /// From now on the topic is not found. Its subscriptions stay.
     pub fn delete_topic(&self, name: &str) {
         self.shared.delete_topic(name).expect("the topic is there");
@@ -369,6 +374,8 @@ struct State {
     requests: Vec<Attempt>,
     /// Counted apart from `messages`, which can be forgotten.
     published: u64,
+    /// Nobody may look at a topic.
+    topics_are_hidden: bool,
 }
 
 type Decide = Box<dyn FnMut(&Attempt) -> Answer + Send>;
@@ -407,7 +414,13 @@ impl Shared {
     }
 
     fn get_topic(&self, name: &str) -> Result<Topic, Status> {
-        self.lock().topics.get(name).cloned().ok_or_else(|| not_found(name))
+        let state = self.lock();
+        if state.topics_are_hidden {
+            return Err(Status::permission_denied(format!(
+                "User not authorized to perform this action on {name}."
+            )));
+        }
+        state.topics.get(name).cloned().ok_or_else(|| not_found(name))
     }
 
     fn delete_topic(&self, name: &str) -> Result<(), Status> {

@@ -199,6 +199,11 @@ fn a_file_of_the_third_layout_goes_on_in_this_one() {
     let after = read(&store.db.begin_read().unwrap().open_table(EVENT_LOG).unwrap(), 0..99);
     assert_eq!((after, store.epoch()), (before, epoch));
     assert_eq!((store.waiting(), waiting(&store).len()), (4, 4));
+    let all = BlockRange::new(1, 4).unwrap();
+    let another = u64::MAX;
+    let seen: Vec<_> = (1..=4).flat_map(|block| (0..4).map(move |index| ((block, index), another))).collect();
+    let comparison = store.compare(all, &seen, vec![]).unwrap();
+    assert_eq!(comparison.extra, vec![], "of each it is known that it stands, and no more");
     assert_eq!(store.retract(Some(block(3, 0)), u64::MAX).unwrap().unwrap().retracted, 2);
     store.accept(&stretch(block(4, 1), &[], &[1, 2])).unwrap();
     claim_all(&store);

@@ -367,12 +367,11 @@ fn check_storage(config: &Config) -> Finding {
 
 fn check_snapshots(config: &Config, folder: &Path) -> Finding {
     let name = format!("snapshots {}", folder.display());
-    let tried = if folder.exists() { writable(&folder.join("probe")) } else { writable(folder) };
-    if let Err(error) = tried {
-        let remedy = "mount it, or let this user write to storage.snapshot_dir";
+    if let Err(error) = writable(&folder.join("probe")) {
+        let remedy = "mount the volume or make the folder, and let this user write to storage.snapshot_dir";
         return finding(Outcome::Bad, name, format!("cannot be written: {error}; {remedy}"));
     }
-    let listed = snapshot::configured(&config.storage).map(|snapshots| snapshots.list()).transpose();
+    let listed = snapshot::configured(&config.storage).map(|snapshots| snapshots.list_whole()).transpose();
     let listed = match listed {
         Ok(listed) => listed.unwrap_or_default(),
         Err(error) => return finding(Outcome::Bad, name, error.to_string()),

@@ -58,7 +58,7 @@ use publish::{PublishError, Publisher, Sink};
 use pubsub::ConfiguredSink;
 use rpc::Rpc;
 use scan::{Auditor, Patient, ScanError, Scanner, Until};
-use snapshot::{Keeper, SnapshotError};
+use snapshot::{Keeper, LeaseLost, SnapshotError, is_newest};
 use status::Observer;
 use store::{Added, Identity, Store, StoreError, on_disk};
 use telemetry::metrics;
@@ -68,7 +68,7 @@ use vitals::{Loop, Stage, Turning, Vitals};
 const DRAIN: Duration = Duration::from_secs(6);
 /// The same where a last snapshot has to be made, and when that must be done, in time to give up the lease.
 const DRAIN_BEFORE_SNAPSHOT: Duration = Duration::from_secs(4);
-const STOPPED_AFTER: Duration = Duration::from_millis(6_500);
+const STOPPED_AFTER: Duration = Duration::from_secs(6);
 /// How often a paused reader looks whether there is room again.
 const ROOM: Duration = Duration::from_millis(200);
 /// How often is looked whether there is something to prune, and how many entries one commit removes.
@@ -103,12 +103,9 @@ pub enum RelayError {
     /// There are snapshots, and the store cannot be made of them.
     #[error(transparent)]
     Snapshot(#[from] SnapshotError),
-    /// Another instance relays.
-    #[error(
-        "another instance has taken the lease in storage.snapshot_dir while this one did not answer for it: this one ends, and \
-         stands by when it is started again"
-    )]
-    LeaseLost,
+    /// Another instance relays, or may.
+    #[error(transparent)]
+    LeaseLost(#[from] LeaseLost),
 }
 
 impl RelayError {
@@ -120,7 +117,7 @@ impl RelayError {
             | Self::Scan(ScanError::Store(error))
             | Self::Publish(PublishError::Store(error)) => error.is_configuration(),
             Self::Snapshot(error) => error.is_configuration(),
-            Self::Rpc(_) | Self::Publish(PublishError::Closed(_)) | Self::LeaseLost => false,
+            Self::Rpc(_) | Self::Publish(PublishError::Closed(_)) | Self::LeaseLost(_) => false,
         }
     }
 }
@@ -359,32 +356,58 @@ async fn open_store(
     stop: &CancellationToken,
 ) -> Result<Option<(Store, Option<Keeper>)>, RelayError> {
     let (storage, start_block) = (&config.storage, config.chain.start_block);
-    let open = |identity| Store::open(&storage.path, identity, start_block, added);
+    // Off the async threads: it may have to repair or to migrate.
+    let open = |identity| {
+        let path = storage.path.clone();
+        joined(tokio::task::spawn_blocking(move || Store::open(&path, identity, start_block, added)))
+    };
     let Some(folder) = &storage.snapshot_dir else {
-        return Ok(Some((open(identity)?, None)));
+        return Ok(Some((open(identity).await?, None)));
     };
     if config.chain.horizon == config::Horizon::Latest {
         warn!(
             "With storage.snapshot_dir and chain.horizon = \"latest\": if the store is lost, what was published after the last \
-             snapshot and has left the chain since is never withdrawn; with \"finalized\" (or \"safe\") there is no such thing"
+             snapshot and has left the chain since is never withdrawn; with \"finalized\" there is no such thing"
         );
     }
+    let path = &storage.path;
+    let snapshots = snapshot::configured(storage).expect("there is a folder");
     // Whoever has the file has its name for the lease, too.
-    let existing = if storage.path.exists() { Some(open(identity.clone())?) } else { None };
-    let Some(keeper) = Keeper::begin(storage, folder, vitals, stop).await else {
+    let existing = if path.exists() { Some(open(identity.clone()).await?) } else { None };
+    if let Some(store) = &existing {
+        is_newest(Arc::clone(&snapshots), store, path).await?;
+    }
+    let Some(mut keeper) = Keeper::begin(storage, folder, existing.is_some(), vitals, stop).await else {
         return Ok(None);
     };
-    let store = match existing {
-        Some(store) => {
-            keeper.is_newest(&store, &storage.path).await?;
-            store
+    let opening = async {
+        let store = match existing {
+            Some(store) => store,
+            None => {
+                // Another instance on this machine may have made it meanwhile.
+                if !path.exists() {
+                    Keeper::restore(Arc::clone(&snapshots), path, &identity).await?;
+                }
+                open(identity).await?
+            }
+        };
+        is_newest(snapshots, &store, path).await?;
+        Ok::<Store, RelayError>(store)
+    };
+    match keeper.during(opening, stop).await? {
+        Some(Ok(store)) => {
+            keeper.remember(path);
+            Ok(Some((store, Some(keeper))))
+        }
+        Some(Err(error)) => {
+            keeper.release().await;
+            Err(error)
         }
         None => {
-            keeper.restore(&storage.path, &identity).await?;
-            open(identity)?
+            keeper.release().await;
+            Ok(None)
         }
-    };
-    Ok(Some((store, Some(keeper))))
+    }
 }
 
 /// Keeps the lease while `relaying`, and makes the last snapshot after it.
@@ -405,10 +428,10 @@ async fn keep_while<T>(
         tokio::select! {
             ended = &mut relaying => ended,
             () = stopping => unreachable!("it only notes when"),
-            () = keeper.tend(store, stop) => {
+            lost = keeper.tend(store, stop) => {
                 stop.cancel();
                 relaying.await;
-                return Err(RelayError::LeaseLost);
+                return Err(lost.into());
             }
         }
     };

@@ -19,12 +19,13 @@ mod volume;
 
 use std::fs;
 use std::hash::{BuildHasher, Hasher, RandomState};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::task::spawn_blocking;
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
@@ -37,10 +38,12 @@ use crate::permit::Permit;
 use crate::store::{Identity, Store};
 use crate::telemetry::metrics;
 use crate::vitals::{Stage, Vitals};
-use lease::Lease;
+use lease::{Lease, Lost};
 
 /// The first snapshot of a run is made after this time at the latest: until then a crash costs all the run has read.
-const FIRST_AFTER: Duration = Duration::from_secs(60);
+const FIRST_AFTER: Duration = Duration::from_secs(5);
+/// What giving up the lease may take when the process has to end.
+const RELEASE: Duration = Duration::from_millis(500);
 
 /// Keeps the lease, and makes snapshots while a relay runs.
 #[derive(Debug)]
@@ -58,23 +61,53 @@ pub fn configured(storage: &config::Storage) -> Option<Arc<Snapshots<Folder>>> {
 }
 
 impl Keeper {
-    /// Waits for the lease. `None`: asked to stop before.
+    /// Waits for the lease, under the name of the store that this process has open, or under a new one. `None`: asked to stop
+    /// before.
     pub async fn begin(
         storage: &config::Storage,
         folder: &Path,
+        has_store: bool,
         vitals: &Vitals,
         stop: &CancellationToken,
     ) -> Option<Self> {
         let volume = Arc::new(Folder::new(folder));
-        let lease = Lease::acquire(Arc::clone(&volume), holder(&storage.path), vitals, stop).await?;
+        let known = if has_store { known_holder(&storage.path) } else { None };
+        let holder = known.unwrap_or_else(new_holder);
+        let lease = Lease::acquire(Arc::clone(&volume), holder, vitals, stop).await?;
         vitals.entered(Stage::Starting);
-        let snapshots = Arc::new(Snapshots::new(volume));
+        let snapshots = Arc::new(Snapshots::new(volume).permitted_by(lease.permit()));
         Some(Self { snapshots, lease, interval: storage.snapshot_interval, keep: storage.snapshot_keep })
     }
 
+    /// Keeps the lease until `work` is done. `None`: asked to stop, or the lease is lost.
+    pub async fn during<T>(
+        &mut self,
+        work: impl Future<Output = T>,
+        stop: &CancellationToken,
+    ) -> Result<Option<T>, LeaseLost> {
+        tokio::select! {
+            biased;
+            () = stop.cancelled() => Ok(None),
+            lost = self.lease.keep() => Err(lost.into()),
+            done = work => Ok(Some(done)),
+        }
+    }
+
+    /// Keeps the name of the lease beside the store that this process has open: after a crash it need not wait for it.
+    pub fn remember(&self, store: &Path) {
+        if let Err(error) = fs::write(holder_file(store), format!("{} {}", self.lease.holder(), place(store)))
+        {
+            warn!(%error, "The lease's name cannot be kept: after a crash it must expire first");
+        }
+    }
+
     /// Makes the store at `path` of the newest snapshot, if there is one that is whole.
-    pub async fn restore(&self, path: &Path, identity: &Identity) -> Result<(), SnapshotError> {
-        let (snapshots, path, identity) = (Arc::clone(&self.snapshots), path.to_owned(), identity.clone());
+    pub async fn restore(
+        snapshots: Arc<Snapshots<Folder>>,
+        path: &Path,
+        identity: &Identity,
+    ) -> Result<(), SnapshotError> {
+        let (path, identity) = (path.to_owned(), identity.clone());
         let restored = joined(spawn_blocking(move || snapshots.restore(&path, &identity, None)).await)?;
         match restored {
             Some(manifest) => info!(
@@ -99,24 +132,6 @@ impl Keeper {
         self.lease.release().await;
     }
 
-    /// Whether the store may go on: not if another instance has gone on from one of its snapshots since.
-    pub async fn is_newest(&self, store: &Store, path: &Path) -> Result<(), SnapshotError> {
-        let snapshots = Arc::clone(&self.snapshots);
-        let listed = joined(spawn_blocking(move || snapshots.list()).await)?;
-        let restored_from = store.restored_from()?;
-        let another_went_on = |manifest: &&Manifest| {
-            let since = restored_from.is_some_and(|number| manifest.number > number);
-            manifest.epoch > store.epoch() || since && manifest.epoch != store.epoch()
-        };
-        match listed.iter().filter_map(|listed| listed.manifest.as_ref().ok()).find(another_went_on) {
-            Some(newest) => {
-                let (path, newest) = (path.display().to_string(), newest.file());
-                Err(SnapshotError::Outlived { path, newest })
-            }
-            None => Ok(()),
-        }
-    }
-
     /// Holds while the lease does.
     pub fn permit(&self) -> Arc<Permit> {
         self.lease.permit()
@@ -124,7 +139,7 @@ impl Keeper {
 
     /// Keeps the lease and makes snapshots, until the lease is lost. When `stop` is cancelled one more is made at once: what it
     /// writes, the last one need not.
-    pub async fn tend(&mut self, store: &Arc<Store>, stop: &CancellationToken) {
+    pub async fn tend(&mut self, store: &Arc<Store>, stop: &CancellationToken) -> LeaseLost {
         let (snapshots, keep, interval) = (Arc::clone(&self.snapshots), self.keep, self.interval);
         let copying = async {
             let mut pause = interval.min(FIRST_AFTER);
@@ -139,10 +154,12 @@ impl Keeper {
             std::future::pending::<()>().await;
         };
         tokio::select! {
-            _lost = self.lease.keep() => {
-                error!("Another instance has taken the lease in storage.snapshot_dir: this one ends");
+            lost = self.lease.keep() => {
+                let lost = LeaseLost::from(lost);
+                error!("{lost}");
+                lost
             }
-            () = copying => {}
+            () = copying => unreachable!("it goes on for ever"),
         }
     }
 
@@ -152,7 +169,56 @@ impl Keeper {
         if timeout_at(deadline, made).await.is_err() {
             warn!("The last snapshot did not fit into the time there is for stopping: an earlier one stands");
         }
-        self.lease.release().await;
+        if timeout(RELEASE, self.lease.release()).await.is_err() {
+            warn!("The lease could not be given up in time: the next instance waits until it expires");
+        }
+    }
+}
+
+/// Why a run ends without having been asked to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum LeaseLost {
+    /// Another instance relays.
+    #[error(
+        "Another instance has taken the lease in storage.snapshot_dir, while this one did not answer for it: this one ends, and \
+         stands by when it is started again"
+    )]
+    Taken,
+    /// Another instance may relay.
+    #[error(
+        "The lease in storage.snapshot_dir could not be renewed in time, and another instance may have taken it: this one ends, \
+         and asks for it when it is started again"
+    )]
+    TooLate,
+}
+
+impl From<Lost> for LeaseLost {
+    fn from(lost: Lost) -> Self {
+        match lost {
+            Lost::Taken => Self::Taken,
+            Lost::TooLate => Self::TooLate,
+        }
+    }
+}
+
+/// Whether the store at `path` may go on: not if another instance has gone on from one of its snapshots since.
+pub async fn is_newest(
+    snapshots: Arc<Snapshots<Folder>>,
+    store: &Store,
+    path: &Path,
+) -> Result<(), SnapshotError> {
+    let (epoch, restored_from) = (store.epoch(), store.restored_from()?);
+    let listed = joined(spawn_blocking(move || snapshots.list()).await)?;
+    let another_went_on = |manifest: &&Manifest| {
+        let since = restored_from.is_some_and(|number| manifest.number > number);
+        manifest.epoch > epoch || since && manifest.epoch != epoch
+    };
+    match listed.iter().filter_map(|listed| listed.manifest.as_ref().ok()).find(another_went_on) {
+        Some(newest) => {
+            let (path, newest) = (path.display().to_string(), newest.file());
+            Err(SnapshotError::Outlived { path, newest })
+        }
+        None => Ok(()),
     }
 }
 
@@ -168,14 +234,17 @@ async fn make(
     let making = spawn_blocking(move || {
         let made = snapshots.create(&store, deadline)?;
         // What is too many can wait.
-        let pruned = if deadline.is_none() { snapshots.prune(keep)? } else { 0 };
+        let pruned = if deadline.is_none() { snapshots.prune(keep) } else { Ok(0) };
         Ok::<_, SnapshotError>((made, pruned))
     });
     match joined(making.await) {
         Ok((made, pruned)) => {
             metrics::snapshot_made();
             let (file, bytes, seconds) = (made.file(), made.bytes(), began.elapsed().as_secs_f64());
-            info!(snapshot = %file, bytes, pruned, seconds, "Snapshot {file}: {bytes} bytes in {seconds:.1} s");
+            info!(snapshot = %file, bytes, seconds, "Snapshot {file}: {bytes} bytes in {seconds:.1} s");
+            if let Err(error) = pruned {
+                warn!(%error, "Old snapshots could not be removed: {error}");
+            }
         }
         Err(error) => {
             metrics::snapshot_failed();
@@ -188,24 +257,30 @@ fn joined<T>(task: Result<T, tokio::task::JoinError>) -> T {
     task.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
 }
 
-/// The name under which this store's process holds the lease. It is kept beside the store, for as long as the machine runs:
-/// a copy of the disk on another machine is another holder.
-fn holder(store: &Path) -> String {
-    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    let boot = boot.trim();
+fn holder_file(store: &Path) -> PathBuf {
     let mut file = store.as_os_str().to_owned();
     file.push(".holder");
-    let file = PathBuf::from(file);
-    if store.exists()
-        && let Ok(known) = fs::read_to_string(&file)
-        && known.rsplit_once('@').is_some_and(|(_, at)| at == boot && !at.is_empty())
-    {
-        return known;
-    }
+    PathBuf::from(file)
+}
+
+/// The name under which the process that had this store last held the lease; only whoever has the store open may use it. A
+/// copy of the file, on this machine or another, is another holder.
+fn known_holder(store: &Path) -> Option<String> {
+    let known = fs::read_to_string(holder_file(store)).ok()?;
+    let (name, of) = known.split_once(' ')?;
+    (of == place(store)).then(|| name.to_owned())
+}
+
+fn new_holder() -> String {
     let random = || RandomState::new().build_hasher().finish();
-    let new = format!("{:016x}{:016x}@{boot}", random(), random());
-    if let Err(error) = fs::write(&file, &new) {
-        warn!(%error, file = %file.display(), "The holder's name cannot be kept: after a crash the lease must expire first");
-    }
-    new
+    format!("{:016x}{:016x}", random(), random())
+}
+
+/// Which file it is, on which machine, since when that runs.
+fn place(store: &Path) -> String {
+    let read = |file| fs::read_to_string(file).unwrap_or_default().trim().to_owned();
+    // A service may not be shown the first one.
+    let machine = [read("/proc/sys/kernel/random/boot_id"), read("/etc/machine-id")].join(",");
+    let (device, inode) = fs::metadata(store).map_or((0, 0), |file| (file.dev(), file.ino()));
+    format!("{machine} {device}:{inode}")
 }

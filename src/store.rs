@@ -41,13 +41,15 @@ use thiserror::Error;
 use tokio::sync::watch;
 
 pub use audit::{Comparison, Place};
-pub use copy::{Moment, Piece, restore};
+pub use copy::{Moment, Piece, Restored, restore};
 pub use late::{Added, Imported, LateStretch};
 pub use look::{Acknowledged, Page};
 pub use opening::fits;
 pub use outbox::Blocked;
 pub use registry::{CHUNK, Census, Registry};
-pub use schema::{Entry, Escrow, EscrowState, Identity, Kind, LateRead, Quarantined, Refusal};
+pub use schema::{
+    Entry, Escrow, EscrowState, Identity, Kind, LateRead, Quarantined, Refusal, SCHEMA as LAYOUT,
+};
 
 use crate::event::{BlockRef, Event};
 use crate::telemetry::metrics;

@@ -64,11 +64,11 @@ fn configured(config: &Config) -> Result<Arc<Snapshots<Folder>>, Failure> {
 }
 
 /// The lease, so that no other instance makes or removes snapshots meanwhile.
-async fn leased(config: &Config) -> Result<Keeper, Failure> {
+async fn leased(config: &Config, has_store: bool) -> Result<Keeper, Failure> {
     let folder = config.storage.snapshot_dir.as_ref().expect("looked at before");
     let (vitals, never) = (Vitals::default(), CancellationToken::new());
     tokio::select! {
-        keeper = Keeper::begin(&config.storage, folder, &vitals, &never) => {
+        keeper = Keeper::begin(&config.storage, folder, has_store, &vitals, &never) => {
             Ok(keeper.expect("nobody stops it"))
         }
         _ = tokio::signal::ctrl_c() => Err(anyhow!("stopped by Ctrl-C").into()),
@@ -79,10 +79,15 @@ async fn create(config: &Config, as_json: bool) -> Result<(), Failure> {
     configured(config)?;
     let (office, keeper) = match Office::find(config, Missing::Refuse).await? {
         Office::Here(desk) => {
-            let keeper = leased(config).await?;
+            let keeper = leased(config, true).await?;
             let desk =
                 Arc::into_inner(desk).expect("nobody else has it yet").with_snapshots(keeper.snapshots());
-            keeper.is_newest(desk.store(), &config.storage.path).await.map_err(failure)?;
+            let snapshots = Arc::clone(keeper.snapshots());
+            let newest = snapshot::is_newest(snapshots, desk.store(), &config.storage.path).await;
+            if let Err(error) = newest {
+                keeper.release().await;
+                return Err(failure(error));
+            }
             (Office::Here(Arc::new(desk)), Some(keeper))
         }
         beside @ Office::Beside(_) => (beside, None),
@@ -106,7 +111,7 @@ async fn create(config: &Config, as_json: bool) -> Result<(), Failure> {
 }
 
 fn list(config: &Config, as_json: bool) -> Result<(), Failure> {
-    let listed = configured(config)?.list().map_err(failure)?;
+    let listed = configured(config)?.list_whole().map_err(failure)?;
     let rows = listed.iter().map(SnapshotRow::from);
     if as_json {
         let mut array = JsonArray::begin();
@@ -128,7 +133,7 @@ fn list(config: &Config, as_json: bool) -> Result<(), Failure> {
             number(row.next_block),
             number(row.messages),
             number(row.bytes),
-            row.damaged.as_deref().unwrap_or("whole")
+            row.damaged.as_deref().unwrap_or("readable")
         );
     }
     Ok(print(format_args!("{table}"))?)
@@ -145,11 +150,19 @@ async fn restore(config: &Config, file: Option<&str>) -> Result<(), Failure> {
     }
     let signatures = relayer::signatures(config).map_err(|error| usage(anyhow!("{error}")))?;
     let identity = relayer::identity(config, &signatures);
-    let keeper = leased(config).await?;
+    let mut keeper = leased(config, false).await?;
     let (to, file) = (path.clone(), file.map(str::to_owned));
     let restoring = tokio::task::spawn_blocking(move || snapshots.restore(&to, &identity, file.as_deref()));
-    let restored = restoring.await;
+    let stop = CancellationToken::new();
+    let restored = tokio::select! {
+        restored = keeper.during(restoring, &stop) => restored,
+        _ = tokio::signal::ctrl_c() => {
+            keeper.release().await;
+            return Err(anyhow!("stopped by Ctrl-C").into());
+        }
+    };
     keeper.release().await;
+    let restored = restored.map_err(anyhow::Error::from)?.expect("nobody stops it");
     let restored = restored.map_err(anyhow::Error::from)?.map_err(failure)?;
     let manifest = restored.ok_or_else(|| anyhow!("there is no snapshot in storage.snapshot_dir yet"))?;
     let (file, made_at, path) = (manifest.file(), manifest.made_at, path.display());

@@ -13,7 +13,8 @@ use tracing::warn;
 
 use super::manifest::{Manifest, Part, sha256};
 use super::volume::Volume;
-use crate::store::{self, Identity, Piece, Store, StoreError};
+use crate::permit::Permit;
+use crate::store::{self, Identity, Piece, Restored, Store, StoreError};
 
 /// How often a part is read before it counts as damaged, and the pause between.
 const ATTEMPTS: u32 = 3;
@@ -26,7 +27,9 @@ pub enum SnapshotError {
     #[error(transparent)]
     Store(#[from] StoreError),
     /// The folder of snapshots.
-    #[error("storage.snapshot_dir: {what}: {source}; mount it, or let this user write to it")]
+    #[error(
+        "storage.snapshot_dir: {what}: {source}; mount the volume or make the folder, and let this user write to it"
+    )]
     Volume {
         /// What was tried.
         what: String,
@@ -36,6 +39,22 @@ pub enum SnapshotError {
     /// What was written did not come back.
     #[error("storage.snapshot_dir: {0} was written, and reads otherwise: the volume cannot be trusted")]
     NotKept(String),
+    /// Another instance may hold the lease.
+    #[error(
+        "the lease in storage.snapshot_dir is not known to be held: another instance may be making snapshots"
+    )]
+    NotHolder,
+    /// A newer program made it.
+    #[error(
+        "the snapshot {file} in storage.snapshot_dir was made by {made_by}, whose store this program does not know: use that \
+         version or a later one; or restore an earlier snapshot with `relayer snapshot restore --snapshot FILE`"
+    )]
+    Newer {
+        /// Its file.
+        file: String,
+        /// That program.
+        made_by: String,
+    },
     /// There was not enough time.
     #[error("there was not enough time for it")]
     Late,
@@ -87,8 +106,14 @@ impl SnapshotError {
     pub fn is_configuration(&self) -> bool {
         match self {
             Self::Store(error) => error.is_configuration(),
-            Self::Outlived { .. } | Self::OtherIdentity { .. } | Self::Unknown(_) => true,
-            Self::Volume { .. } | Self::NotKept(_) | Self::Late | Self::NoneWhole { .. } => false,
+            Self::Outlived { .. } | Self::OtherIdentity { .. } | Self::Newer { .. } | Self::Unknown(_) => {
+                true
+            }
+            Self::Volume { .. }
+            | Self::NotKept(_)
+            | Self::NotHolder
+            | Self::Late
+            | Self::NoneWhole { .. } => false,
         }
     }
 }
@@ -111,7 +136,9 @@ pub struct Listed {
 #[derive(Debug)]
 pub struct Snapshots<V> {
     volume: Arc<V>,
-    /// Files of parts that this process wrote, and read back as they were written.
+    /// While this holds nobody else makes or removes snapshots.
+    permit: Option<Arc<Permit>>,
+    /// Files of parts that this process found, or read back, as they should be.
     kept: Mutex<HashSet<String>>,
     /// One is made at a time, and none while old ones are removed: its parts are nobody's until it is done.
     making: Mutex<()>,
@@ -120,7 +147,19 @@ pub struct Snapshots<V> {
 impl<V: Volume> Snapshots<V> {
     /// Those in that folder.
     pub fn new(volume: Arc<V>) -> Self {
-        Self { volume, kept: Mutex::default(), making: Mutex::default() }
+        Self { volume, permit: None, kept: Mutex::default(), making: Mutex::default() }
+    }
+
+    /// Writes and removes only while that permit holds.
+    pub(super) fn permitted_by(self, permit: Arc<Permit>) -> Self {
+        Self { permit: Some(permit), ..self }
+    }
+
+    fn is_permitted(&self) -> Result<(), SnapshotError> {
+        match self.permit.as_ref().is_none_or(|permit| permit.holds()) {
+            true => Ok(()),
+            false => Err(SnapshotError::NotHolder),
+        }
     }
 
     /// Makes a snapshot of what the store is now, while it goes on, and before `deadline` or not at all.
@@ -131,6 +170,7 @@ impl<V: Volume> Snapshots<V> {
         let _making = self.making.lock().expect("nothing panics with it");
         let number = self.numbers()?.last().map_or(1, |last| last + 1);
         let is_late = || deadline.is_some_and(|deadline| Instant::now() >= deadline);
+        self.forget_missing_parts()?;
         let mut parts = Vec::new();
         let mut failed = None;
         let moment = store.copy(|piece| {
@@ -150,16 +190,33 @@ impl<V: Volume> Snapshots<V> {
             (_, failed) => return Err(failed.unwrap_or(SnapshotError::Late)),
         };
         let manifest = Manifest::new(number, moment, parts);
+        self.is_permitted()?;
         self.write(&manifest.file(), &manifest.encode())?;
         Ok(manifest)
     }
 
+    /// Somebody else may have removed some.
+    fn forget_missing_parts(&self) -> Result<(), SnapshotError> {
+        let there = self.parts_there()?;
+        self.kept.lock().expect("nothing panics with it").retain(|file| there.contains(file));
+        Ok(())
+    }
+
+    fn parts_there(&self) -> Result<HashSet<String>, SnapshotError> {
+        let parts = self.volume.list("parts").map_err(volume_error("its parts cannot be listed"))?;
+        Ok(parts.into_iter().map(|part| format!("parts/{part}")).collect())
+    }
+
+    /// One that is there as it should be is left alone: other snapshots need it, and a crash may cut off what is written.
     fn keep(&self, piece: Piece) -> Result<Part, SnapshotError> {
         let Piece { table, rows, bytes } = piece;
         let part = Part { table: table.to_owned(), rows, bytes: bytes.len() as u64, sha256: sha256(&bytes) };
         let is_kept = self.kept.lock().expect("nothing panics with it").contains(&part.file());
         if !is_kept {
-            self.write(&part.file(), &bytes)?;
+            let is_there = self.volume.read(&part.file()).is_ok_and(|read| read.as_ref() == Some(&bytes));
+            if !is_there {
+                self.write(&part.file(), &bytes)?;
+            }
             self.kept.lock().expect("nothing panics with it").insert(part.file());
         }
         Ok(part)
@@ -183,6 +240,19 @@ impl<V: Volume> Snapshots<V> {
         Ok(numbers)
     }
 
+    /// All snapshots, the newest first; one without all of its parts is damaged.
+    pub fn list_whole(&self) -> Result<Vec<Listed>, SnapshotError> {
+        let (mut listed, there) = (self.list()?, self.parts_there()?);
+        for Listed { manifest, .. } in &mut listed {
+            let parts = manifest.iter().flat_map(|manifest| &manifest.parts);
+            let missing = parts.filter(|part| !there.contains(&part.file())).count();
+            if missing > 0 {
+                *manifest = Err(format!("{missing} of its parts are missing"));
+            }
+        }
+        Ok(listed)
+    }
+
     /// All snapshots, the newest first.
     pub fn list(&self) -> Result<Vec<Listed>, SnapshotError> {
         let files = self.volume.list("").map_err(volume_error("it cannot be listed"))?;
@@ -193,7 +263,7 @@ impl<V: Volume> Snapshots<V> {
     }
 
     fn manifest(&self, file: &str) -> Result<Manifest, String> {
-        match self.volume.read(file) {
+        match self.read_patiently(file) {
             Ok(Some(bytes)) => Manifest::decode(&bytes),
             Ok(None) => Err("it is gone".to_owned()),
             Err(error) => Err(error.to_string()),
@@ -211,13 +281,14 @@ impl<V: Volume> Snapshots<V> {
             let Ok(manifest) = manifest else { return Ok(0) };
             needed.extend(manifest.parts.iter().map(Part::file));
         }
-        let removed =
-            |file: &str| self.volume.remove(file).map_err(volume_error(format!("{file} cannot be removed")));
+        let removed = |file: &str| {
+            self.is_permitted()?;
+            self.volume.remove(file).map_err(volume_error(format!("{file} cannot be removed")))
+        };
         for Listed { file, .. } in gone {
             removed(file)?;
         }
-        for part in self.volume.list("parts").map_err(volume_error("its parts cannot be listed"))? {
-            let file = format!("parts/{part}");
+        for file in self.parts_there()? {
             if !needed.contains(&file) {
                 self.kept.lock().expect("nothing panics with it").remove(&file);
                 removed(&file)?;
@@ -240,10 +311,16 @@ impl<V: Volume> Snapshots<V> {
         if let (Some(file), true) = (file, candidates.is_empty()) {
             return Err(SnapshotError::Unknown(file.to_owned()));
         }
+        // What was there when it was restored is no sign that another instance has gone on since.
+        let of = listed.iter().filter_map(|listed| Some((Manifest::number_of(&listed.file)?, listed)));
+        let restored_at = Restored {
+            number: of.map(|(number, _)| number).max().unwrap_or(0),
+            after: listed.iter().filter_map(|listed| Some(listed.manifest.as_ref().ok()?.epoch)).max(),
+        };
         let mut newest = None;
         for Listed { file, manifest } in &candidates {
             let restored = match manifest {
-                Ok(manifest) => self.restore_from(manifest, path, identity).map(|()| manifest),
+                Ok(manifest) => self.restore_from(manifest, path, identity, restored_at).map(|()| manifest),
                 Err(why) => Err(Unusable::Damaged(why.clone())),
             };
             match restored {
@@ -261,7 +338,17 @@ impl<V: Volume> Snapshots<V> {
         }
     }
 
-    fn restore_from(&self, manifest: &Manifest, path: &Path, identity: &Identity) -> Result<(), Unusable> {
+    fn restore_from(
+        &self,
+        manifest: &Manifest,
+        path: &Path,
+        identity: &Identity,
+        at: Restored,
+    ) -> Result<(), Unusable> {
+        if manifest.schema > store::LAYOUT {
+            let (file, made_by) = (manifest.file(), manifest.made_by.clone());
+            return Err(Unusable::Fault(SnapshotError::Newer { file, made_by }));
+        }
         if let Err(StoreError::OtherIdentity { differences, .. }) =
             store::fits(path, &manifest.identity, identity)
         {
@@ -279,7 +366,7 @@ impl<V: Volume> Snapshots<V> {
                 false => Err(Unusable::Damaged(format!("{} is damaged", part.file()))),
             }
         });
-        store::restore(path, manifest.number, pieces)
+        store::restore(path, at, pieces)
     }
 }
 

@@ -3,21 +3,22 @@
 //! The folder has no locks, and of two who write one file the last one wins. So:
 //!
 //! 1. Who wants the lease writes its name, waits [`SETTLE`], and has it if its name is still there.
-//! 2. Who has it looks each [`LOOK`] whether that is still so, and may publish for [`TRUST`] after a look that said yes. As
-//!    `TRUST` is shorter than `SETTLE`, it has stopped before another one that wrote its name begins.
+//! 2. Who has it looks each [`LOOK`] whether that is still so, and may hand something over for [`TRUST`] after a look that
+//!    said yes. As `TRUST` is shorter than `SETTLE`, it has stopped before another one that wrote its name begins. What the
+//!    sink was handed by then goes on for up to `sink.timeout`.
 //! 3. It changes the file now and then; a file that nobody changes for [`EXPIRY`] is a dead holder's. Each instance
 //!    measures that by its own clock, so clocks need not agree.
-//! 4. A store's file has a name of its own beside it, so one that was killed and is started again need not wait; two
+//! 4. So nobody else can have written a name before `EXPIRY` has passed since the holder began to change the file last. If
+//!    a change took until then, it may have gone over another's name: the holder gives up.
+//! 5. A store's file has a name of its own beside it, so one that was killed and is started again need not wait; two
 //!    processes cannot have the file at once.
-//! 5. A holder that was stopped between its look and its writing may have written over another's name: if that took
-//!    longer than `TRUST`, it gives the lease up.
 
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
@@ -48,14 +49,19 @@ pub(super) struct Lease<V> {
     volume: Arc<V>,
     holder: String,
     beat: u64,
-    /// When it was changed last.
-    wrote: Option<Instant>,
+    /// When it began to change the file last, and for how long nobody may have changed it before.
+    wrote: (Moment, Duration),
     permit: Arc<Permit>,
 }
 
-/// The lease is another's.
+/// Why the lease is not held any more.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Lost;
+pub(super) enum Lost {
+    /// It is another's.
+    Taken,
+    /// It could not be renewed in time: it may be.
+    TooLate,
+}
 
 impl<V: Volume> Lease<V> {
     /// Waits until the lease is free, and takes it. `None`: asked to stop before.
@@ -65,25 +71,33 @@ impl<V: Volume> Lease<V> {
         vitals: &Vitals,
         stop: &CancellationToken,
     ) -> Option<Self> {
-        tokio::select! {
+        let lease = tokio::select! {
             biased;
             () = stop.cancelled() => None,
-            lease = Self::wait_for(volume, holder, vitals) => Some(lease),
+            lease = Self::wait_for(Arc::clone(&volume), holder.clone(), vitals) => Some(lease),
+        };
+        if lease.is_none() {
+            // The name may have been written already: nobody need wait for it to expire.
+            let _ = timeout(LOOK, give_up(&volume, &holder)).await;
         }
+        lease
     }
 
     async fn wait_for(volume: Arc<V>, holder: String, vitals: &Vitals) -> Self {
         // What was seen last, and since when it has been that.
         let mut seen: Option<(Option<Claim>, Instant)> = None;
-        let mut said = false;
+        let (mut said, mut failing) = (false, false);
         loop {
             let looked = Moment::now();
             match read(&volume).await {
                 // This store's own, from before a crash.
                 Ok(Some(claim)) if claim.holder.as_ref() == Some(&holder) => {
-                    return Self::held(volume, holder, claim.beat, looked);
+                    // Others may be about to take it.
+                    let wrote = (looked, EXPIRY - TRUST);
+                    return Self::held(volume, holder, claim.beat, looked, wrote);
                 }
                 Ok(claim) => {
+                    failing = false;
                     let since = match &seen {
                         Some((before, since)) if *before == claim => *since,
                         Some(_) | None => Instant::now(),
@@ -103,7 +117,10 @@ impl<V: Volume> Lease<V> {
                     }
                     seen = Some((claim, since));
                 }
-                Err(error) => warn!(%error, "storage.snapshot_dir cannot be read: looking again"),
+                Err(error) if !std::mem::replace(&mut failing, true) => {
+                    warn!(%error, "storage.snapshot_dir cannot be read: looking again");
+                }
+                Err(_) => {}
             }
             sleep(LOOK).await;
         }
@@ -112,6 +129,7 @@ impl<V: Volume> Lease<V> {
     /// Writes this name, and looks whether it stays.
     async fn claim(volume: &Arc<V>, holder: &str, beat: u64) -> Option<Self> {
         let claim = Claim { holder: Some(holder.to_owned()), beat };
+        let wrote = (Moment::now(), Duration::ZERO);
         if let Err(error) = write(volume, &claim).await {
             warn!(%error, "storage.snapshot_dir cannot be written: trying again");
             sleep(LOOK).await;
@@ -120,12 +138,17 @@ impl<V: Volume> Lease<V> {
         sleep(SETTLE).await;
         let looked = Moment::now();
         let stays = read(volume).await.is_ok_and(|read| read == Some(claim));
-        stays.then(|| Self::held(Arc::clone(volume), holder.to_owned(), beat, looked))
+        stays.then(|| Self::held(Arc::clone(volume), holder.to_owned(), beat, looked, wrote))
     }
 
-    fn held(volume: Arc<V>, holder: String, beat: u64, looked: Moment) -> Self {
+    fn held(volume: Arc<V>, holder: String, beat: u64, looked: Moment, wrote: (Moment, Duration)) -> Self {
         let permit = Arc::new(Permit::confirmed(looked, TRUST));
-        Self { volume, holder, beat, wrote: None, permit }
+        Self { volume, holder, beat, wrote, permit }
+    }
+
+    /// Its name.
+    pub fn holder(&self) -> &str {
+        &self.holder
     }
 
     /// Holds while the lease is known to be held.
@@ -155,40 +178,56 @@ impl<V: Volume> Lease<V> {
         }
     }
 
+    /// For how long nobody may have changed the file.
+    fn unchanged_for(&self) -> Duration {
+        let (wrote, before) = self.wrote;
+        wrote.elapsed() + before
+    }
+
     async fn renew(&mut self) -> io::Result<Result<(), Lost>> {
         let looked = Moment::now();
-        if read(&self.volume).await?.and_then(|claim| claim.holder).as_ref() != Some(&self.holder) {
-            return Ok(Err(Lost));
+        let claim = timeout(TRUST, read(&self.volume)).await.map_err(|_| slow())??;
+        // It may be the volume that is gone.
+        let claim = claim.ok_or_else(|| io::Error::other("lease.json is not there"))?;
+        if claim.holder.as_ref() != Some(&self.holder) || claim.beat > self.beat {
+            return Ok(Err(Lost::Taken));
         }
-        if self.wrote.is_some_and(|wrote| wrote.elapsed() < BEAT) {
-            self.permit.confirm(looked);
+        self.permit.confirm(looked);
+        if self.unchanged_for() < BEAT && claim.beat == self.beat {
             return Ok(Ok(()));
         }
         self.beat += 1;
-        let written =
-            write(&self.volume, &Claim { holder: Some(self.holder.clone()), beat: self.beat }).await;
-        if looked.elapsed() >= TRUST {
-            return Ok(Err(Lost));
+        let began = Moment::now();
+        let claim = Claim { holder: Some(self.holder.clone()), beat: self.beat };
+        let written = write(&self.volume, &claim).await;
+        if self.unchanged_for() >= EXPIRY {
+            return Ok(Err(Lost::TooLate));
         }
         written?;
-        self.wrote = Some(Instant::now());
-        self.permit.confirm(looked);
+        self.wrote = (began, Duration::ZERO);
         Ok(Ok(()))
     }
 
     /// Gives it up, if it is still held.
-    pub async fn release(mut self) {
-        let looked = Moment::now();
-        let held = read(&self.volume)
-            .await
-            .is_ok_and(|claim| claim.and_then(|claim| claim.holder).as_ref() == Some(&self.holder));
-        if !held || looked.elapsed() >= TRUST {
-            return;
-        }
-        self.beat += 1;
-        if let Err(error) = write(&self.volume, &Claim { holder: None, beat: self.beat }).await {
+    pub async fn release(self) {
+        let given_up = timeout(TRUST, give_up(&self.volume, &self.holder)).await.map_err(|_| slow());
+        if let Err(error) = given_up.flatten() {
             warn!(%error, "The lease could not be given up: the next instance waits until it expires");
         }
+    }
+}
+
+fn slow() -> io::Error {
+    io::Error::new(io::ErrorKind::TimedOut, "it does not answer")
+}
+
+/// Takes that name out of the file, if it is there.
+async fn give_up<V: Volume>(volume: &Arc<V>, holder: &str) -> io::Result<()> {
+    match read(volume).await? {
+        Some(Claim { holder: Some(name), beat }) if name == holder => {
+            write(volume, &Claim { holder: None, beat: beat + 1 }).await
+        }
+        Some(_) | None => Ok(()),
     }
 }
 

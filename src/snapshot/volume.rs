@@ -23,7 +23,7 @@ pub trait Volume: Send + Sync + 'static {
 pub struct Folder(PathBuf);
 
 impl Folder {
-    /// That folder; it is made with the first file.
+    /// That folder. It must be there: one that is not is a volume that is not mounted.
     pub fn new(path: &Path) -> Self {
         Self(path.to_owned())
     }
@@ -32,8 +32,11 @@ impl Folder {
 impl Volume for Folder {
     fn write(&self, name: &str, bytes: &[u8]) -> io::Result<()> {
         let path = self.0.join(name);
-        if let Some(folder) = path.parent() {
-            fs::create_dir_all(folder)?;
+        if let Some(folder) = path.parent().filter(|folder| **folder != *self.0) {
+            match fs::create_dir(folder) {
+                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+                Ok(()) | Err(_) => {}
+            }
         }
         let mut file = File::create(path)?;
         file.write_all(bytes)?;
@@ -45,14 +48,16 @@ impl Volume for Folder {
         let mut bytes = Vec::new();
         match File::open(self.0.join(name)) {
             Ok(mut file) => file.read_to_end(&mut bytes).map(|_| Some(bytes)),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) if error.kind() == io::ErrorKind::NotFound && self.0.is_dir() => Ok(None),
             Err(error) => Err(error),
         }
     }
 
     fn list(&self, folder: &str) -> io::Result<Vec<String>> {
         let entries = match fs::read_dir(self.0.join(folder)) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound && self.0.is_dir() => {
+                return Ok(Vec::new());
+            }
             entries => entries?,
         };
         let mut names = Vec::new();

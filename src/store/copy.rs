@@ -12,7 +12,7 @@ use redb::{
     TableDefinition, TableHandle, Value, WriteTransaction,
 };
 
-use super::opening::{builder, now_micros, open_error, put_in_place, read_life, unfinished};
+use super::opening::{builder, now_micros, open_error, put_in_free_place, read_life, unfinished};
 use super::schema::{
     ACKNOWLEDGED, BLOCKED, BLOCKS, DIGESTS, EVENT_LOG, IDENTITY, Identity, LATE_READS, MARKS, META,
     QUARANTINE, REGISTRY, RESTORED_FROM, UNAUDITED, damaged, encode,
@@ -35,6 +35,15 @@ pub struct Piece {
     pub rows: u64,
     /// Their bytes.
     pub bytes: Vec<u8>,
+}
+
+/// When a store was made of a copy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Restored {
+    /// The highest number of a copy there was.
+    pub number: u64,
+    /// The latest life of a store that any of them was of.
+    pub after: Option<u64>,
 }
 
 /// What a copy is a copy of.
@@ -140,7 +149,7 @@ fn ends(size: usize, key: &[u8], value: &[u8]) -> bool {
 }
 
 impl Store {
-    /// The number of the snapshot it was made of, if it was.
+    /// If it was made of a snapshot: the highest number there was of one.
     pub fn restored_from(&self) -> Result<Option<u64>, StoreError> {
         let read = self.db.begin_read()?;
         Ok(read.open_table(MARKS)?.get(RESTORED_FROM)?.map(|mark| mark.value()))
@@ -180,10 +189,10 @@ impl Store {
 
 /// Makes a store at `path`, where there is none, of the pieces of a copy: in another life, since what was published after the
 /// copy was made is not in it. It is there whole or not at all. `pieces` gives table and bytes, or breaks off with an error;
-/// `number` says later which copy it was.
+/// `at` says later when that was.
 pub fn restore<E: From<StoreError>>(
     path: &Path,
-    number: u64,
+    at: Restored,
     pieces: impl Iterator<Item = Result<(String, Vec<u8>), E>>,
 ) -> Result<(), E> {
     let db = begin(path)?;
@@ -191,9 +200,9 @@ pub fn restore<E: From<StoreError>>(
         let (name, bytes) = piece?;
         unbroken(path, || load(&db, &name, &bytes))?;
     }
-    unbroken(path, || begin_anew(&db, number))?;
+    unbroken(path, || begin_anew(&db, at))?;
     drop(db);
-    Ok(put_in_place(path)?)
+    Ok(put_in_free_place(path)?)
 }
 
 fn begin(path: &Path) -> Result<Database, StoreError> {
@@ -216,16 +225,16 @@ fn load(db: &Database, name: &str, bytes: &[u8]) -> Result<(), StoreError> {
     Ok(())
 }
 
-fn begin_anew(db: &Database, number: u64) -> Result<(), StoreError> {
+fn begin_anew(db: &Database, at: Restored) -> Result<(), StoreError> {
     let life = read_life(&db.begin_read()?)?;
     let (mut life, _) = life.ok_or_else(|| damaged("meta", "the copy has none".into()))?;
-    life.epoch = now_micros().max(life.epoch + 1);
+    life.epoch = now_micros().max(life.epoch.max(at.after.unwrap_or(0)) + 1);
     let transaction = db.begin_write()?;
     for table in TABLES {
         table.write(&transaction, &[])?;
     }
     transaction.open_table(META)?.insert(IDENTITY, encode(&life)?.as_slice())?;
-    transaction.open_table(MARKS)?.insert(RESTORED_FROM, number)?;
+    transaction.open_table(MARKS)?.insert(RESTORED_FROM, at.number)?;
     transaction.commit()?;
     Ok(())
 }
@@ -254,7 +263,11 @@ mod tests {
         let mut row = Vec::new();
         push_row(&mut row, &7u64.to_le_bytes(), b"a value");
         let with = |table: &str, bytes: &[u8]| -> Result<(), StoreError> {
-            restore(&path, 1, [Ok((table.to_owned(), bytes.to_vec()))].into_iter())
+            restore(
+                &path,
+                Restored { number: 1, after: None },
+                [Ok((table.to_owned(), bytes.to_vec()))].into_iter(),
+            )
         };
         for length in 1..row.len() {
             let damaged = with("event_log", &row[..length]);

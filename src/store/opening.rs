@@ -85,6 +85,19 @@ pub(super) fn unfinished(path: &Path) -> PathBuf {
 pub(super) fn put_in_place(path: &Path) -> Result<(), StoreError> {
     let failed = |source| open_error(path, DatabaseError::Storage(StorageError::Io(source)));
     fs::rename(unfinished(path), path).map_err(failed)?;
+    sync_folder(path)
+}
+
+/// The same, if nobody has that name by now.
+pub(super) fn put_in_free_place(path: &Path) -> Result<(), StoreError> {
+    let failed = |source| open_error(path, DatabaseError::Storage(StorageError::Io(source)));
+    fs::hard_link(unfinished(path), path).map_err(failed)?;
+    fs::remove_file(unfinished(path)).map_err(failed)?;
+    sync_folder(path)
+}
+
+fn sync_folder(path: &Path) -> Result<(), StoreError> {
+    let failed = |source| open_error(path, DatabaseError::Storage(StorageError::Io(source)));
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
     File::open(folder.unwrap_or(Path::new("."))).and_then(|folder| folder.sync_all()).map_err(failed)
 }

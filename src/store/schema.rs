@@ -41,7 +41,7 @@ pub(super) const WATERMARK: &str = "watermark";
 /// The highest block of which an entry was pruned.
 pub(super) const PRUNED_BLOCK: &str = "pruned_block";
 
-/// The number of the snapshot this store was made of.
+/// If this store was made of a snapshot: the highest number there was of one then.
 pub(super) const RESTORED_FROM: &str = "restored_from";
 
 /// Before a signature: the block from which on its events count, if it was added and its history was not read.
@@ -52,7 +52,7 @@ pub(super) const DIGESTS_FROM: &str = "digests_from";
 /// Version of this layout. 1 had no [`LATE_READS`] and no escrow that was [`EscrowState::Joining`]; 2 had no [`DIGESTS`], no
 /// [`UNAUDITED`], no escrow that was [`EscrowState::Archived`], and wider rows of escrows, which are still read; 3 had a row in
 /// [`EVENT_LOG`] for each entry, which is still read, too, no [`BLOCKED`], and digests made otherwise.
-pub(super) const SCHEMA: u32 = 4;
+pub const SCHEMA: u32 = 4;
 pub(super) const VALUE_VERSION: u8 = 1;
 const COMPACT_VERSION: u8 = 2;
 /// No value is larger: what a damaged length may make us allocate, in bytes.

@@ -7,6 +7,8 @@
 //! 2. Messages handed to the sink whose acknowledgement is not committed number at most `sink.max_outstanding`:
 //!    after a crash no more than those are sent again. What may be handed over is the oldest so many entries whose
 //!    acknowledgement is not committed (blocked lanes aside): so a second crash, before they came again, adds none.
+//!    Without ordering keys, what a lane had handed over behind a message that is refused then may be stored all the
+//!    same, and is not counted while it waits: kept in the count it would leave no room to the other lanes.
 //! 3. An entry counts as done only after the sink acknowledged it *and* the store committed that.
 //! 4. A refused message blocks its own lane only; what looks like an outage is probed by one run at a time.
 
@@ -257,7 +259,8 @@ impl<S: Sink> Publisher<S> {
                 None => Step::Idle,
             });
         }
-        let next_try = self.next_try();
+        // Without the permit nothing may be tried, however long its pause is over.
+        let next_try = self.next_try().filter(|_| permitted);
         let room = self.has_room();
         // The sink may take its time; a commit may not.
         let patient = self.committing.is_none();
@@ -271,6 +274,7 @@ impl<S: Sink> Publisher<S> {
             changed = self.appended.changed(), if room => changed.expect("the store outlives its publisher"),
             order = Self::next_order(&mut self.orders) => self.pending.push_back(order),
             () = tokio::time::sleep_until(next_try.unwrap_or_else(Instant::now)), if next_try.is_some() => {}
+            () = tokio::time::sleep(UNPERMITTED), if !permitted => {}
             () = tokio::time::sleep_until(self.complain_at) => self.complain(),
         }
         Ok(Step::Progress)
@@ -481,10 +485,11 @@ impl<S: Sink> Publisher<S> {
             Some(SinkError::Closed(reason)) => return Err(PublishError::Closed(reason)),
             Some(SinkError::Refused(reason)) => {
                 // A refused request was not stored: what it added cannot come twice. With a key, nothing behind a
-                // message that is refused alone can ever have been stored.
+                // message that is refused alone can ever have been stored; without one, see constraint 2.
                 let alone = sent - receipt.acknowledged == 1;
-                let keyed = self.ordering != config::Ordering::None;
-                self.outstanding -= if alone && keyed { lane.forget_all() } else { lane.forget_added() };
+                self.outstanding -= if alone { lane.forget_all() } else { lane.forget_added() };
+                // The sink answers, whatever it says.
+                self.failing.remove(&id);
                 if !(alone && self.leave_refused(id, &reason)) {
                     self.refused(id, &reason, alone);
                     return Ok(());
@@ -529,7 +534,7 @@ impl<S: Sink> Publisher<S> {
         self.retries.insert((Instant::now() + pause, id));
     }
 
-    /// Several lanes failing, or the only one there is, looks like an outage.
+    /// Several lanes failing, or the only one that is not blocked, looks like an outage.
     fn suspect_outage(&mut self, id: LaneId, newly: bool, reason: &str) {
         let now = Instant::now();
         if let Some(outage) = &mut self.outage {
@@ -539,7 +544,8 @@ impl<S: Sink> Publisher<S> {
             }
             return;
         }
-        if self.failing.len() >= 2 || self.failing.len() == self.lanes.len() {
+        let unblocked = self.lanes.values().filter(|lane| !lane.is_blocked()).count();
+        if self.failing.len() >= 2 || self.failing.len() == unblocked {
             warn!(sink = self.sink.name(), %reason, waiting = self.store.waiting(),
                 "{} is unavailable: messages wait in order until it answers", self.sink.name());
             let mut backoff = Backoff::growing();

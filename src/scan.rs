@@ -122,8 +122,8 @@ pub struct Scanner<C> {
     goal: watch::Sender<u64>,
     /// Heads announced by a subscription.
     heads: Option<watch::Receiver<Option<Header>>>,
-    /// The last head came by announcement: when it is read, the next is waited for, not polled for at once.
-    followed: bool,
+    /// The announced head that the target comes from: when it is read, the next is waited for, not polled for at once.
+    followed: Option<Header>,
     /// An announced head that the node asked did not have yet, and how often it is still looked for between polls.
     awaited: Option<(u64, u32)>,
     /// When the head was asked for last.
@@ -218,7 +218,7 @@ impl<C: Chain> Scanner<C> {
         Self {
             goal: watch::Sender::new(0),
             heads: chain.heads(),
-            followed: false,
+            followed: None,
             awaited: None,
             polled_at: None,
             unannounced: (0, 0),
@@ -268,7 +268,7 @@ impl<C: Chain> Scanner<C> {
 
     /// What to do after a step that read nothing.
     fn recover(&mut self, trouble: Trouble) -> Result<Step, ScanError> {
-        if std::mem::take(&mut self.followed) {
+        if self.followed.take().is_some() {
             self.awaited = Some((self.finality.head, AWAITED_LOOKS));
         }
         self.ahead.clear();
@@ -316,10 +316,10 @@ impl<C: Chain> Scanner<C> {
             return Ok(Step::Done);
         }
         if self.target.is_none_or(|target| target < next) {
-            let nothing_new = match self.announced() {
+            let nothing_new = match self.announced(next) {
                 Some(head) => self.follow(next, head),
                 // What is final can be asked for when nobody waits for it.
-                None if std::mem::take(&mut self.followed) && !self.finality_is_due() => {
+                None if self.followed.take().is_some() && !self.finality_is_due() => {
                     return Ok(Step::Idle);
                 }
                 None => self.poll(next).await?,
@@ -355,8 +355,9 @@ impl<C: Chain> Scanner<C> {
         self.heads.clone()
     }
 
-    /// A head announced since the last look, if it says all that a poll would: it saves the poll.
-    fn announced(&mut self) -> Option<Header> {
+    /// A head announced since the last look, if it says all that a poll would: it saves the poll. One so far above the next
+    /// block that a batch of headers does not show whether it leads there says nothing.
+    fn announced(&mut self, next: u64) -> Option<Header> {
         let heads = self.heads.as_mut()?;
         if !heads.has_changed().unwrap_or(false) {
             return None;
@@ -366,12 +367,13 @@ impl<C: Chain> Scanner<C> {
             && self.factory_seen
             && self.store.cursor().is_some()
             && self.polled_at.is_some_and(|at| at.elapsed() < self.settings.poll_interval * WITHOUT_POLL);
-        (says_all && head.block.number > self.finality.head).then_some(head)
+        let is_near = head.block.number < next.saturating_add(LINKED_BLOCKS);
+        (says_all && is_near && head.block.number > self.finality.head).then_some(head)
     }
 
     /// Sets the target by an announced head. `Some`: there is nothing to read yet.
     fn follow(&mut self, next: u64, head: Header) -> Option<Step> {
-        self.followed = true;
+        self.followed = Some(head);
         self.unannounced = (0, 0);
         self.finality.head = head.block.number;
         metrics::head(head.block.number);

@@ -45,7 +45,7 @@ pub use copy::{Moment, Piece, Restored, restore};
 pub use late::{Added, Imported, LateStretch};
 pub use look::{Acknowledged, Page};
 pub use opening::fits;
-pub use outbox::Blocked;
+pub use outbox::{Blocked, LogId};
 pub use registry::{CHUNK, Census, Registry};
 pub use schema::{
     Entry, Escrow, EscrowState, Identity, Kind, LateRead, Quarantined, Refusal, SCHEMA as LAYOUT,
@@ -56,7 +56,7 @@ use crate::telemetry::metrics;
 use fork::{Fate, doomed, forget_final, log_end, newest_final};
 use lanes::Lanes;
 use opening::{begin_life, builder, compare, create, migrate, open_error, read_life};
-use runs::{acknowledge, add_run, cut_runs};
+use runs::{acknowledge, add_run, cut_runs, run_end};
 use schema::{
     ACKNOWLEDGED, BLOCKS, DIGESTS, EVENT_LOG, MARKS, META, PROGRESS, Progress, QUARANTINE, REGISTRY,
     Remembered, UNAUDITED, WATERMARK, decode, encode,
@@ -561,8 +561,7 @@ impl Store {
             let upto = end.min(claims.next.saturating_add(limit as u64));
             for entry in log::entries(&log, claims.next..upto)? {
                 let (position, entry) = entry?;
-                let run = acknowledged.range(..=position)?.next_back().transpose()?;
-                if run.is_none_or(|(_, end)| end.value() <= position) {
+                if run_end(&acknowledged, position)?.is_none() {
                     claimed.push(Claimed { position, entry });
                 }
             }

@@ -6,6 +6,7 @@ use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
+use alloy::primitives::Address;
 use common::relay::{PATIENCE, Running};
 use common::{Setup, World};
 use serde_json::{Value, json};
@@ -166,8 +167,19 @@ async fn several_commands_at_once_are_all_answered_and_one_that_does_not_read_ho
     for _ in 0..6 {
         world.factory.create_many(100).await;
     }
+    world.setup.run_to_head().await;
+    // More than fits into a socket, so that whoever writes to one that does not read has to wait.
+    let many = (1..=5_000u64).map(|number| Address::left_padding_from(&number.to_be_bytes()));
+    let file = world.setup.path("many.json");
+    let registry = json!({ "escrows": many.collect::<Vec<_>>(), "count": 5_000 });
+    std::fs::write(&file, registry.to_string()).expect("written");
+    let next = world.chain.block_number().await + 1;
+    let file = file.to_str().expect("a name");
+    world.setup.run(&["escrows", "import", file, "--from", &next.to_string()]).await.good();
     let mut relayer = started(&world.setup).await;
-    relayer.wait_for_lines(600).await;
+    let rows = say(&world.setup, b"{\"version\":1,\"request\":\"escrows\"}\n", true).await;
+    let bytes: usize = rows.iter().map(|row| row.to_string().len()).sum();
+    assert!(bytes > 600_000, "{bytes} bytes: less than three of the buffers that a socket has");
     // It asks for much and reads nothing.
     let mut lazy = UnixStream::connect(world.setup.path("relayer.redb.sock")).await.expect("it is there");
     lazy.write_all(b"{\"version\":1,\"request\":{\"replay\":{\"from\":0,\"to\":99999,\"escrow\":null}}}\n")
@@ -177,7 +189,7 @@ async fn several_commands_at_once_are_all_answered_and_one_that_does_not_read_ho
     unread.write_all(b"{\"version\":1,\"request\":\"escrows\"}\n").await.expect("it is taken");
     let listed = (0..6).map(|_| world.setup.run(&["escrows", "list"]));
     for finished in futures_util::future::join_all(listed).await {
-        assert_eq!(finished.good().stdout.len(), 601);
+        assert_eq!(finished.good().stdout.len(), 5_601);
     }
     world.factory.create_escrow().await;
     relayer.wait_until("the new one", |lines| lines.iter().any(|line| line.data["block_number"] == 8)).await;

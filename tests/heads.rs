@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use common::relay::faults::{Fault, Faults};
 use common::relay::proxy::Proxy;
-use common::{Contract, Line, Running, World};
+use common::{Anvil, Contract, Line, Running, World};
 use serde_json::{Value, json};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt, copy};
 use tokio::net::{TcpListener, TcpStream};
@@ -210,6 +210,22 @@ async fn announcements_of_one_provider_wake_the_reading_from_another() {
     let reader: Vec<String> =
         read.requests().iter().flat_map(|request| request.methods()).map(str::to_owned).collect();
     assert!(logs(&reader) >= 3, "{reader:?}");
+}
+
+#[tokio::test]
+async fn a_web_socket_of_another_chain_is_never_listened_to_and_the_next_one_is() {
+    let mut world = World::new().await;
+    let other = Anvil::new().chain_id(77).spawn().await.expect("anvil starts");
+    let astray = Wire::to(other.port()).await;
+    let urls = format!("{},{},{}", world.anvil.url(), astray.url(), world.anvil.ws_url());
+    let mut relayer = listening(&mut world, &urls).await;
+    live(&world, &mut relayer, 0).await;
+    assert!(!astray.asked().iter().any(|call| call[0] == "eth_subscribe"), "{:?}", astray.asked());
+    let truth = world.truth().await;
+    let stopped = relayer.stop().await;
+    truth.assert_is(&stopped.lines());
+    let said = stopped.stderr.lines().filter(|line| line.contains("ERROR") && line.contains("77"));
+    assert_eq!(said.count(), 1, "{}", stopped.stderr);
 }
 
 #[tokio::test]

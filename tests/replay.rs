@@ -5,6 +5,7 @@ mod common;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use alloy::primitives::Address;
 use common::load::Load;
 use common::pubsub::{Code, Message};
 use common::relay::{PATIENCE, firsts};
@@ -214,7 +215,42 @@ async fn what_was_pruned_cannot_be_replayed_and_the_first_block_that_can_is_name
 }
 
 #[tokio::test]
-async fn killed_in_the_middle_of_a_replay_the_relayer_loses_nothing_and_repeats_nothing_of_its_own() {
+async fn a_replay_that_pruning_overtakes_fails_and_says_from_which_block_on_it_can_go_on() {
+    let (mut world, pubsub) = with_pubsub().await;
+    world.setup.set("RELAYER_LEDGER__RETENTION", "1s");
+    // More than a page of the log, in blocks none of which is final yet.
+    for _ in 0..11 {
+        world.factory.create_many(100).await;
+    }
+    let last = world.chain.block_number().await;
+    let relayer = world.setup.start(&["run"]);
+    pubsub.wait_for(1100).await;
+    settled(&world).await;
+    pubsub.on_publish(|_| Answer::unavailable());
+    let before = pubsub.requests().len();
+    let replaying = world.setup.start(&["replay", "--from", "0", "--to", &last.to_string()]);
+    pubsub.wait_for_requests(before + 1).await;
+    // Its first page is read: now everything becomes final, and is pruned once it is old enough.
+    world.chain.mine(70).await;
+    loop {
+        // A block without messages, so that nothing is published.
+        let finished = replay(&world, last, last, &["--escrow", &format!("{:#x}", Address::ZERO)]).await;
+        if finished.code != Some(0) {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    pubsub.heal();
+    let said = format!("the first block that can is {}", last + 1);
+    let ended = replaying.ended().await;
+    ended.failed_with(1, &["pruning was faster", "ledger.retention", &said]);
+    let (_, replayed) = parted(&pubsub);
+    assert_eq!(replayed.len(), 1000, "the page that was read");
+    relayer.stop().await;
+}
+
+#[tokio::test]
+async fn killed_in_the_middle_of_a_replay_the_relayer_loses_nothing_and_repeats_at_most_what_was_under_way() {
     let (mut world, pubsub) = with_pubsub().await;
     world.setup.set("RELAYER_SINK__MAX_OUTSTANDING", 4); // so it goes message by message
     let escrows = world.factory.create_many(40).await;
@@ -234,8 +270,11 @@ async fn killed_in_the_middle_of_a_replay_the_relayer_loses_nothing_and_repeats_
     let (published, replayed) = parted(&pubsub);
     assert!(replayed.len() < 40, "it was in the middle");
     assert_same(&replayed, &published);
-    let (first, _) = firsts(&lines(&published));
+    let (first, repeats) = firsts(&lines(&published));
     world.truth().await.assert_is(&first);
+    let in_turn = published.iter().filter(|message| message.attribute("sequence") == "1").count();
+    assert_eq!(in_turn, 40, "what was acknowledged before comes again as a replay only");
+    assert!(repeats <= 1, "{repeats} repeats: only the new one may have been under way");
 }
 
 #[tokio::test]

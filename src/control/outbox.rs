@@ -12,7 +12,7 @@ use crate::config::Ordering;
 use crate::event::{BlockRef, Log, Recognised, Role, digest};
 use crate::publish::{Message, Order};
 use crate::scan::{Answer, BlockTag, Call, Chain, LogFilter, Span};
-use crate::store::{Blocked, Claimed, Entry, LateStretch, Place, Quarantined};
+use crate::store::{Blocked, Claimed, Entry, LateStretch, LogId, Place, Quarantined};
 use crate::telemetry::metrics;
 
 impl Desk {
@@ -84,8 +84,8 @@ impl Desk {
             let done = match &stuck {
                 Stuck::Message(blocked) => self.give_up(blocked.claimed.position).await?,
                 Stuck::Log(log) => {
-                    let place = log.place();
-                    self.on_disk(move |store| store.drop_quarantined(place)).await?
+                    let id = log.id();
+                    self.on_disk(move |store| store.drop_quarantined(id)).await?
                 }
             };
             if !done {
@@ -166,7 +166,7 @@ impl Desk {
         }
         let again = self.read_again(&decodable).await?;
         let mut found = LateStretch::default();
-        let mut places: Vec<Place> = Vec::new();
+        let mut released: Vec<LogId> = Vec::new();
         let mut relayed = Vec::new();
         for quarantined in decodable {
             let event_id = quarantined.event_id(self.chain_id());
@@ -180,15 +180,15 @@ impl Desk {
                 found.announced.push((known.escrow(log), log.block));
             }
             found.events.push(known.event(self.chain_id(), log, time));
-            places.push(quarantined.place());
+            released.push(quarantined.id());
             relayed.push(event_id);
         }
         found.events.sort_by_key(|event| event.order());
         found.next = found.announced.iter().map(|(_, block)| block.number).min().unwrap_or(0);
-        if !places.is_empty() {
+        if !released.is_empty() {
             let events = found.events.len();
-            let released = self.on_disk(move |store| store.release(&found, &places)).await?;
-            let new = released.ok_or_else(|| {
+            let done = self.on_disk(move |store| store.release(&found, &released)).await?;
+            let new = done.ok_or_else(|| {
                 Refusal::fault("the quarantine has changed meanwhile (a fork, another command): try again")
             })?;
             metrics::late_events(new);

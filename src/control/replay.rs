@@ -28,18 +28,25 @@ impl Desk {
         escrow: Option<Address>,
         to: &Replies,
     ) -> Result<(), Refusal> {
-        let whole_from = self.on_disk(|store| store.whole_from()).await?;
-        if blocks.from() < whole_from && whole_from > self.store.start_block() {
-            return Err(Refusal::usage(format!(
-                "--from {}: some messages of blocks before {whole_from} were pruned (ledger.retention) and cannot be \
-                 published again; the first block that can is {whole_from}",
-                blocks.from()
-            )));
+        if let Some(why) = self.pruned_from(blocks.from()).await? {
+            return Err(Refusal::usage(format!("--from {}: {why}", blocks.from())));
         }
         match self.orders() {
             Some(orders) => self.feed(orders, blocks, escrow, to).await,
             None => self.publish_alone(blocks, escrow, to).await,
         }
+    }
+
+    /// Whether messages of that block or later ones were pruned, in words.
+    async fn pruned_from(&self, block: u64) -> Result<Option<String>, Refusal> {
+        let whole_from = self.on_disk(|store| store.whole_from()).await?;
+        let pruned = block < whole_from && whole_from > self.store.start_block();
+        Ok(pruned.then(|| {
+            format!(
+                "some messages of blocks before {whole_from} were pruned (ledger.retention) and cannot be published again; \
+                 the first block that can is {whole_from}"
+            )
+        }))
     }
 
     /// With a publisher of its own, that publishes nothing else.
@@ -80,6 +87,14 @@ impl Desk {
         let (mut published, mut next, mut progress) = (0, Some(0), Progress::new());
         while let Some(position) = next.filter(|position| *position < end) {
             let page = self.on_disk(move |store| store.entries_from(position, PAGE)).await?;
+            // What the page begins with was there when the page before was read.
+            let overtaken = page.entries.first().is_none_or(|first| first.position > position);
+            if overtaken && let Some(why) = self.pruned_from(blocks.from()).await? {
+                return Err(Refusal::fault(format!(
+                    "stopped after {published} messages, as pruning was faster: {why}. To replay the rest from there on, set \
+                     ledger.retention to more, or to \"forever\", and start again"
+                )));
+            }
             next = page.next;
             let meant: Vec<Claimed> = page.entries.into_iter().filter(is_meant).collect();
             for part in meant.chunks(at_once) {

@@ -224,7 +224,7 @@ impl Lane {
         added
     }
 
-    /// Nothing of the lane can have been stored; how much had been handed over.
+    /// What was handed over counts no more; how much that was.
     pub fn forget_all(&mut self) -> usize {
         self.added = 0;
         std::mem::take(&mut self.outstanding)

@@ -9,6 +9,7 @@ use redb::backends::InMemoryBackend;
 
 use super::*;
 use crate::event::{BlockRef, Log, Recognised, Role, Signatures};
+use crate::permit::Moment;
 use crate::store::{Identity, Stretch};
 
 /// What the sink does with its next run.
@@ -25,15 +26,29 @@ enum Act {
 }
 
 /// A sink that follows a script, then takes everything; refuses what it is told to refuse.
-#[derive(Default)]
 struct Script {
     acts: Mutex<VecDeque<Act>>,
     refused: Mutex<HashSet<String>>,
     down: Mutex<bool>,
+    /// How long it takes over a run.
+    takes: Duration,
     /// Each attempt: keys and sequences of its run.
     attempts: Mutex<Vec<Vec<String>>>,
     /// What arrived, in order.
     stored: Mutex<Vec<(String, Arc<Message>)>>,
+}
+
+impl Default for Script {
+    fn default() -> Self {
+        Self {
+            acts: Mutex::default(),
+            refused: Mutex::default(),
+            down: Mutex::default(),
+            takes: Duration::from_millis(20),
+            attempts: Mutex::default(),
+            stored: Mutex::default(),
+        }
+    }
 }
 
 fn name_of(message: &Message) -> String {
@@ -55,7 +70,7 @@ impl Script {
 impl Sink for Script {
     async fn publish(&self, run: Vec<Arc<Message>>) -> Receipt {
         self.attempts.lock().unwrap().push(run.iter().map(|message| name_of(message)).collect());
-        tokio::time::sleep(Duration::from_millis(20)).await;
+        tokio::time::sleep(self.takes).await;
         let fail = |acknowledged, failure| Receipt { acknowledged, failure: Some(failure) };
         let unavailable = || SinkError::Unavailable("down".into());
         if *self.down.lock().unwrap() {
@@ -252,18 +267,99 @@ async fn in_an_outage_one_probe_at_a_time_goes_out_and_then_all_resume() {
 
 #[tokio::test(start_paused = true)]
 async fn blocked_lanes_that_were_unreachable_before_leave_the_room_to_the_others() {
-    let store = store(&[1, 2, 3], &[1, 1, 1, 2, 2, 2, 3, 3]);
+    for ordering in [config::Ordering::Escrow, config::Ordering::None] {
+        let store = store(&[1, 2], &[1, 2, 1, 2]);
+        let sink = Arc::new(Script::default());
+        sink.acts.lock().unwrap().extend([Act::Fail, Act::Fail]);
+        let settings = config::Sink { ordering, ..settings(4) };
+        let mut publisher = Publisher::new(Arc::clone(&sink), Arc::clone(&store), &settings);
+        // Two lanes fill the window and fail; then their first messages are refused.
+        for _ in 0..4 {
+            publisher.step().await.unwrap();
+        }
+        assert_eq!(publisher.outstanding, 4);
+        append(&store, &[3], &[3, 3]);
+        sink.refused.lock().unwrap().extend(["0x01:1".to_owned(), "0x02:1".to_owned()]);
+        drain(&mut publisher).await;
+        assert_eq!(firsts(&sink.stored())["0x03"].len(), 3, "{ordering:?}");
+        assert_eq!(publisher.blocked().len(), 2);
+        sink.refused.lock().unwrap().clear();
+        tokio::time::sleep(Duration::from_secs(120)).await;
+        drain(&mut publisher).await;
+        assert_eq!((store.waiting(), publisher.outstanding, publisher.held), (0, 0, 0), "{ordering:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn beside_a_blocked_lane_the_only_other_one_that_fails_is_an_outage() {
+    for refused in [&["0x01:1"][..], &["0x01:1", "0x02:1"]] {
+        let store = store(&[1], &[]);
+        let sink = Arc::new(Script::default());
+        sink.refused.lock().unwrap().extend(refused.iter().map(|name| (*name).to_owned()));
+        let mut publisher = Publisher::new(Arc::clone(&sink), Arc::clone(&store), &settings(10));
+        drain(&mut publisher).await;
+        append(&store, &[2], &[]);
+        drain(&mut publisher).await;
+        assert_eq!(publisher.blocked().len(), refused.len());
+        append(&store, &[3], &[]);
+        *sink.down.lock().unwrap() = true;
+        for _ in 0..20 {
+            if let Step::Wait(pause) = publisher.step().await.unwrap() {
+                tokio::time::sleep(pause).await;
+            }
+        }
+        assert!(publisher.outage.is_some(), "{refused:?}");
+        *sink.down.lock().unwrap() = false;
+        drain(&mut publisher).await;
+        assert!(publisher.outage.is_none() && publisher.failing.is_empty());
+        assert_eq!(store.waiting(), refused.len() as u64);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lane_that_failed_and_is_blocked_now_makes_no_outage_with_another() {
+    let store = store(&[1, 2, 3], &[]);
     let sink = Arc::new(Script::default());
-    sink.acts.lock().unwrap().extend([Act::Fail, Act::Fail]);
-    let mut publisher = Publisher::new(Arc::clone(&sink), Arc::clone(&store), &settings(4));
-    // Two lanes fill the window and fail; then their first messages are refused.
-    for _ in 0..4 {
+    let mut publisher = Publisher::new(Arc::clone(&sink), Arc::clone(&store), &settings(10));
+    // The first fails, and is refused then: that the sink answers.
+    sink.refused.lock().unwrap().extend(["0x02:1".to_owned(), "0x03:1".to_owned()]);
+    sink.acts.lock().unwrap().push_back(Act::Fail);
+    for _ in 0..6 {
         publisher.step().await.unwrap();
     }
-    sink.refused.lock().unwrap().extend(["0x01:1".to_owned(), "0x02:1".to_owned()]);
+    assert_eq!(publisher.failing.len(), 1);
+    sink.refused.lock().unwrap().insert("0x01:1".to_owned());
     drain(&mut publisher).await;
-    assert_eq!(firsts(&sink.stored())["0x03"].len(), 3);
-    assert_eq!(publisher.blocked().len(), 2);
+    assert_eq!((publisher.blocked().len(), publisher.failing.len()), (3, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_permit_that_returns_is_noticed_while_something_is_under_way() {
+    let store = store(&[1], &[]);
+    let sink = Arc::new(Script { takes: Duration::from_secs(3600), ..Script::default() });
+    let lasts = Duration::from_secs(1);
+    let permit = Arc::new(Permit::confirmed(Moment::now(), lasts));
+    let publisher = Publisher::new(Arc::clone(&sink), Arc::clone(&store), &settings(10));
+    let mut publisher = publisher.permitted_by(Arc::clone(&permit));
+    let handed = || sink.attempts.lock().unwrap().len();
+    let watching = async {
+        tokio::time::sleep(2 * lasts).await;
+        append(&store, &[2], &[]);
+        tokio::time::sleep(2 * lasts).await;
+        assert_eq!((handed(), permit.holds()), (1, false));
+        permit.confirm(Moment::now());
+        tokio::time::sleep(lasts).await;
+        assert_eq!(handed(), 2);
+    };
+    let stepping = async {
+        loop {
+            publisher.step().await.unwrap();
+        }
+    };
+    tokio::select! {
+        () = watching => {}
+        () = stepping => {}
+    }
 }
 
 #[tokio::test(start_paused = true)]

@@ -4,6 +4,7 @@
 //! polls says when announcements are missing.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use alloy::pubsub::RawSubscription;
@@ -12,6 +13,7 @@ use tokio::time::{Instant, sleep};
 use tracing::{debug, info, warn};
 
 use super::transport::Failure;
+use super::wire::Query;
 use super::{Rpc, wire};
 use crate::backoff::Backoff;
 use crate::config::SecretUrl;
@@ -19,15 +21,13 @@ use crate::config::SecretUrl;
 /// A subscription that held so long was a good one: the next is made at once.
 const HELD: Duration = Duration::from_secs(60);
 
-/// Keeps a subscription to the first provider with a web socket, for ever; at once there is nothing to do without one.
+/// Keeps a subscription to the first provider with a web socket, for ever; at once there is nothing to do without one on
+/// our chain.
 pub async fn follow_heads(rpc: Arc<Rpc>) {
-    let Some(announcer) = rpc.announcer() else {
-        return;
-    };
-    let url = rpc.providers[announcer].url.clone();
     let mut backoff = Backoff::growing();
     let mut said = false;
-    loop {
+    while let Some(announcer) = rpc.announcer() {
+        let url = rpc.providers[announcer].url.clone();
         let began = Instant::now();
         let ended = match rpc.subscribe(announcer).await {
             Ok(subscription) => {
@@ -58,15 +58,36 @@ fn say(url: &SecretUrl, announced: &mut bool, announces: bool, reason: &str) {
 }
 
 impl Rpc {
-    /// The first provider with a web socket.
+    /// The first provider with a web socket that is not known to be on another chain.
     pub(super) fn announcer(&self) -> Option<usize> {
-        self.providers.iter().position(|provider| provider.transport.is_web_socket())
+        let announces = |index: &usize| self.providers[*index].transport.is_web_socket();
+        (0..self.providers.len()).filter(announces).find(|index| !self.health.is_on_another_chain(*index))
     }
 
     async fn subscribe(&self, index: usize) -> Result<RawSubscription, Failure> {
-        let first = self.next_id.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        self.be_on_our_chain(index).await?;
+        let first = self.next_id.fetch_add(1, Ordering::Relaxed);
         self.pace(1).await;
         self.providers[index].transport.subscribe(wire::new_heads(first)).await
+    }
+
+    /// Heads of another chain are worth nothing: that is asked before any of them is listened to, unless it is known.
+    async fn be_on_our_chain(&self, index: usize) -> Result<(), Failure> {
+        let provider = &self.providers[index];
+        if provider.verified.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let began = Instant::now();
+        let answered = self.exchange(provider, &[Query::ChainId]).await;
+        match answered.and_then(|mut answers| self.check_chain_id(provider, answers.remove(0))) {
+            Ok(None) => Ok(()),
+            Ok(Some(found)) => {
+                // That all of them are is said where reading finds it.
+                let _ = self.give_up(index, found, began.elapsed());
+                Err(Failure::fault(format_args!("it is on chain {found}")))
+            }
+            Err(refusing) => Err(Failure::fault(refusing.message)),
+        }
     }
 
     /// Passes heads on until the subscription ends or seems dead; returns why.

@@ -187,6 +187,11 @@ impl Health {
         (newly, providers.iter().all(|provider| provider.wrong))
     }
 
+    /// Whether it is known to be on another chain.
+    pub fn is_on_another_chain(&self, index: usize) -> bool {
+        self.lock()[index].wrong
+    }
+
     /// Whether somebody else can be asked instead of these.
     pub fn has_other_than(&self, tried: &[usize]) -> bool {
         self.lock().iter().enumerate().any(|(index, it)| !tried.contains(&index) && it.is_usable())

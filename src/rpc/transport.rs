@@ -32,7 +32,7 @@ pub(super) struct Failure {
 }
 
 impl Failure {
-    fn fault(message: impl std::fmt::Display) -> Self {
+    pub(super) fn fault(message: impl std::fmt::Display) -> Self {
         let message = redact(&message.to_string(), MAX_TEXT);
         Self { said: false, slow: false, message, http_status: None, retry_after: None }
     }

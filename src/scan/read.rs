@@ -27,9 +27,23 @@ impl<C: Chain> Scanner<C> {
         if next <= last_final {
             return self.read_range(next, last_final, RANGES).await;
         }
+        if let Some(head) = self.followed {
+            self.reach(next, head).await?;
+        }
         match self.settings.reading {
             Reading::Ranged => self.read_range(next, target, 1).await,
             Reading::Linked => self.read_linked(next, target).await,
+        }
+    }
+
+    /// An announced head confirms blocks only if the node that is read has all of them up to it, each the parent of the next:
+    /// it may be of another chain, or a lie.
+    async fn reach(&mut self, next: u64, announced: Header) -> Result<(), Trouble> {
+        let range =
+            BlockRange::new(next, announced.block.number).expect("the target is no higher than the head");
+        match self.headers(range).await?.last() {
+            Some(last) if last.block == announced.block => Ok(()),
+            Some(_) | None => Err(Trouble::Disagreement("the announced block does not lead here".into())),
         }
     }
 
@@ -75,6 +89,12 @@ impl<C: Chain> Scanner<C> {
                 // What was accepted unfinal may have left the chain since, and be final by now on another fork.
                 false => self.look_back().await,
             };
+        }
+        let seen = self.recent.get(&fetched.range.to()).filter(|_| self.followed.is_some());
+        if seen.is_some_and(|seen| seen.block != fetched.end.block) {
+            return Err(Trouble::Disagreement(
+                "the announced block is of another fork than what was read".into(),
+            ));
         }
         self.suspected = None;
         self.accept_range(fetched).await?;

@@ -404,7 +404,7 @@ async fn an_absurd_announcement_makes_nothing_final() {
     let head = chain.blocks.lock().unwrap().last().unwrap().header;
     let block = BlockRef { number: 90, hash: B256::repeat_byte(8) };
     chain.announcer.as_ref().unwrap().send_replace(Some(Header { block, ..head }));
-    scanner.step().await.unwrap();
+    settle(&mut scanner).await;
     assert_eq!(store.cursor(), Some(head.block));
     assert!(store.finalized() <= Some(30), "{:?} is final", store.finalized());
     chain.drop_newest(1);
@@ -412,6 +412,52 @@ async fn an_absurd_announcement_makes_nothing_final() {
     settle(&mut scanner).await;
     settle(&mut scanner).await;
     assert_eq!(store.cursor(), Some(chain.blocks.lock().unwrap().last().unwrap().header.block));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_absurd_announcement_confirms_nothing() {
+    for (reading, above) in [("linked", 20), ("linked", 1), ("ranged", 20), ("ranged", 1), ("linked", 900)] {
+        let fake = Fake { finality: Some(64), announcer: Some(watch::Sender::new(None)), ..Fake::default() };
+        (0..40).for_each(|_| fake.extend(&[], &[]));
+        let (chain, store) = (Arc::new(fake), open_store());
+        let settings = [("chain.confirmations", "2"), ("chain.reading", reading)];
+        let mut scanner = scanner(&chain, &store, &settings, Until::Forever);
+        settle(&mut scanner).await;
+        chain.extend(&[], &[]);
+        let head = chain.blocks.lock().unwrap().last().unwrap().header;
+        let block = BlockRef { number: head.block.number + above, hash: B256::repeat_byte(8) };
+        let lie = Header { block, parent_hash: B256::repeat_byte(7), timestamp: 0 };
+        chain.announcer.as_ref().unwrap().send_replace(Some(lie));
+        settle(&mut scanner).await;
+        let cursor = store.cursor().unwrap().number;
+        assert_eq!(cursor, head.block.number - 2, "{reading}, {above} above the head");
+        chain.extend(&[], &[]);
+        announce(&chain);
+        settle(&mut scanner).await;
+        assert_eq!(store.cursor().unwrap().number, cursor + 1, "{reading}, {above}: and goes on");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_announcement_whose_chain_is_not_the_one_read_by_range_confirms_nothing() {
+    let fake = Fake { finality: Some(64), announcer: Some(watch::Sender::new(None)), ..Fake::default() };
+    (0..40).for_each(|_| fake.extend(&[], &[]));
+    let (chain, store) = (Arc::new(fake), open_store());
+    let settings = [("chain.confirmations", "1"), ("chain.reading", "ranged")];
+    let mut scanner = scanner(&chain, &store, &settings, Until::Forever);
+    settle(&mut scanner).await;
+    // The last block is another one where the announcement comes from, and so is the next.
+    let mut block = chain.blocks.lock().unwrap().last().unwrap().header.block;
+    scanner.see_head(Header {
+        block: BlockRef { number: block.number, hash: B256::repeat_byte(7) },
+        parent_hash: store.cursor().unwrap().hash,
+        timestamp: 0,
+    });
+    block = BlockRef { number: block.number + 1, hash: B256::repeat_byte(8) };
+    let next = Header { block, parent_hash: B256::repeat_byte(7), timestamp: 0 };
+    chain.announcer.as_ref().unwrap().send_replace(Some(next));
+    settle(&mut scanner).await;
+    assert_eq!(store.cursor().unwrap().number, block.number - 2);
 }
 
 #[tokio::test(start_paused = true)]

@@ -9,10 +9,15 @@ use super::audit::Place;
 use super::lanes::Lanes;
 use super::late::{LateStretch, append, load, put_late};
 use super::opening::now_micros;
-use super::runs::acknowledge;
-use super::schema::{BLOCKED, LATE_READS, LateRead, QUARANTINE, Refusal, decode, encode};
+use super::runs::{acknowledge, run_end};
+use super::schema::{
+    ACKNOWLEDGED, BLOCKED, LATE_READS, LateRead, MARKS, QUARANTINE, Refusal, WATERMARK, decode, encode,
+};
 use super::{Claimed, Quarantined, Store, StoreError, lock, write_progress};
-use crate::event::event_id;
+use crate::event::{BlockRef, event_id};
+
+/// Which log: its block, and its index in there.
+pub type LogId = (BlockRef, u64);
 
 /// A message that is refused.
 #[derive(Clone, Debug)]
@@ -34,9 +39,11 @@ impl Store {
             return Ok(());
         }
         let transaction = self.db.begin_write()?;
-        acknowledge(&transaction, &mut acknowledged)?;
-        unblock(&transaction, &acknowledged)?;
+        // First: what was refused may have been taken since.
         for (position, lane, reason) in refused {
+            if is_acknowledged(&transaction, *position)? {
+                continue;
+            }
             let mut table = transaction.open_table(BLOCKED)?;
             let before: Option<Refusal> =
                 table.get(position)?.map(|row| decode("blocked", row.value())).transpose()?;
@@ -44,6 +51,8 @@ impl Store {
             let refusal = Refusal { lane: lane.clone(), reason: reason.clone(), since };
             table.insert(position, encode(&refusal)?.as_slice())?;
         }
+        acknowledge(&transaction, &mut acknowledged)?;
+        unblock(&transaction, &acknowledged)?;
         transaction.commit()?;
         self.waiting.fetch_sub(acknowledged.len() as u64, Ordering::AcqRel);
         self.measure(None);
@@ -85,24 +94,24 @@ impl Store {
         Ok(true)
     }
 
-    /// Drops a log that did not decode. `false`: there is none at that place.
-    pub fn drop_quarantined(&self, place: Place) -> Result<bool, StoreError> {
+    /// Drops a log that did not decode. `false`: it is not there.
+    pub fn drop_quarantined(&self, log: LogId) -> Result<bool, StoreError> {
         let _writing = lock(&self.writer);
         let transaction = self.db.begin_write()?;
-        let dropped = transaction.open_table(QUARANTINE)?.remove(place)?.is_some();
+        let dropped = take_quarantined(&transaction, log)?;
         transaction.commit()?;
         Ok(dropped)
     }
 
-    /// Stores as late what logs say that decode by now, and removes these from the quarantine: together. `places`: where they
-    /// stand, those whose event stands already included. Escrows that they announce are read from block `found.next` on.
+    /// Stores as late what logs say that decode by now, and removes these from the quarantine: together. `logs`: which these
+    /// are, those whose event stands already included. Escrows that they announce are read from block `found.next` on.
     /// Returns how many events are new, or `None` if one of the logs is there no more: a fork took it.
-    pub fn release(&self, found: &LateStretch, places: &[Place]) -> Result<Option<usize>, StoreError> {
+    pub fn release(&self, found: &LateStretch, logs: &[LogId]) -> Result<Option<usize>, StoreError> {
         let _writing = lock(&self.writer);
         let mut progress = lock(&self.progress).clone();
         let transaction = self.db.begin_write()?;
-        for place in places {
-            if transaction.open_table(QUARANTINE)?.remove(place)?.is_none() {
+        for log in logs {
+            if !take_quarantined(&transaction, *log)? {
                 return Ok(None);
             }
         }
@@ -131,10 +140,34 @@ impl Quarantined {
         event_id(chain_id, &self.block.1, self.log_index)
     }
 
+    /// Which log it is.
+    pub fn id(&self) -> LogId {
+        (BlockRef { number: self.block.0, hash: self.block.1 }, self.log_index)
+    }
+
     /// Where it stands.
     pub fn place(&self) -> Place {
         (self.block.0, self.log_index)
     }
+}
+
+/// Whether an entry was acknowledged before.
+fn is_acknowledged(transaction: &WriteTransaction, position: u64) -> Result<bool, StoreError> {
+    let watermark = transaction.open_table(MARKS)?.get(WATERMARK)?.map_or(0, |mark| mark.value());
+    Ok(position < watermark || run_end(&transaction.open_table(ACKNOWLEDGED)?, position)?.is_some())
+}
+
+/// Takes a log out of the quarantine. `false`: at its place there is none, or one of another fork's block.
+fn take_quarantined(transaction: &WriteTransaction, log: LogId) -> Result<bool, StoreError> {
+    let (block, log_index) = log;
+    let mut table = transaction.open_table(QUARANTINE)?;
+    let kept: Option<Quarantined> =
+        table.get((block.number, log_index))?.map(|row| decode("quarantine", row.value())).transpose()?;
+    let same = kept.is_some_and(|kept| kept.id() == log);
+    if same {
+        table.remove((block.number, log_index))?;
+    }
+    Ok(same)
 }
 
 /// What was acknowledged is refused no more.

@@ -26,6 +26,12 @@ pub(super) fn acknowledge(transaction: &WriteTransaction, positions: &mut [u64])
     Ok(())
 }
 
+/// The end of the run that a number is in.
+pub(super) fn run_end(runs: &impl ReadableTable<u64, u64>, number: u64) -> Result<Option<u64>, StoreError> {
+    let run = runs.range(..=number)?.next_back().transpose()?;
+    Ok(run.map(|(_, end)| end.value()).filter(|end| number < *end))
+}
+
 /// Inserts `[start, end)`, merged with the runs it touches.
 pub(super) fn add_run(
     runs: &mut Table<'_, u64, u64>,

@@ -2,10 +2,11 @@
 
 use redb::{ReadableDatabase, ReadableTableMetadata};
 
+use super::runs::run_end;
 use super::schema::{ACKNOWLEDGED, EVENT_LOG, Entry, LateRead, MARKS, QUARANTINE, WATERMARK};
 use super::{Store, StoreError, lock, log};
 
-/// Entries looked through for the oldest that waits, at most.
+/// Entries not acknowledged that are looked through for the oldest that waits, at most.
 const LOOKED_THROUGH: usize = 5_000;
 
 impl Store {
@@ -20,14 +21,20 @@ impl Store {
         let acknowledged = read.open_table(ACKNOWLEDGED)?;
         let watermark = read.open_table(MARKS)?.get(WATERMARK)?.map_or(0, |mark| mark.value());
         let log = read.open_table(EVENT_LOG)?;
-        for entry in log::entries(&log, watermark..u64::MAX)?.take(LOOKED_THROUGH) {
+        let (mut entries, mut looked_through) = (log::entries(&log, watermark..u64::MAX)?, 0);
+        while let Some(entry) = entries.next() {
             let (position, entry) = entry?;
-            let run = acknowledged.range(..=position)?.next_back().transpose()?;
-            if run.is_some_and(|(_, end)| position < end.value()) {
+            if let Some(end) = run_end(&acknowledged, position)? {
+                // One that is left out holds the watermark, however much is acknowledged behind it.
+                entries = log::entries(&log, end..u64::MAX)?;
                 continue;
             }
             if !left_out(&entry) {
                 return Ok(Some(entry));
+            }
+            looked_through += 1;
+            if looked_through == LOOKED_THROUGH {
+                break;
             }
         }
         Ok(None)

@@ -216,9 +216,9 @@ fn script() -> Script {
         ("one does now", |store| {
             let events = vec![event(escrow(7), block(4, 2), 99, false)];
             let found = LateStretch { events, ..LateStretch::default() };
-            store.release(&found, &[(4, 99)]).map(drop)
+            store.release(&found, &[(block(4, 2), 99)]).map(drop)
         }),
-        ("the other is dropped", |store| store.drop_quarantined((4, 100)).map(drop)),
+        ("the other is dropped", |store| store.drop_quarantined((block(4, 2), 100)).map(drop)),
     ]
 }
 

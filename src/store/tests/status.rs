@@ -20,6 +20,17 @@ fn the_oldest_that_waits_is_the_first_not_acknowledged_and_not_left_out() {
 }
 
 #[test]
+fn however_many_were_acknowledged_behind_what_is_left_out_the_oldest_that_waits_is_found() {
+    let store = memory();
+    let approved = [2; 6_001];
+    store.accept(&stretch(block(1, 0), &[1], &[])).unwrap();
+    store.accept(&stretch(block(2, 0), &[2], &approved)).unwrap();
+    store.acknowledge((1..=6_001).collect()).unwrap();
+    let oldest = store.oldest_waiting_but(|entry| entry.escrow == escrow(1)).unwrap();
+    assert_eq!(oldest.map(|entry| (entry.escrow, entry.sequence)), Some((escrow(2), 6_002)));
+}
+
+#[test]
 fn the_newest_entries_come_newest_first_and_no_more_than_asked_for() {
     let store = memory();
     store.accept(&stretch(block(1, 0), &[1, 2], &[1])).unwrap();

@@ -57,17 +57,51 @@ fn a_log_leaves_the_quarantine_with_its_event_and_an_event_that_stands_already_i
     store.accept(&Stretch { quarantined, ..stretch(at, &[1], &[]) }).unwrap();
     let found =
         |index| LateStretch { events: vec![event(escrow(1), at, index, false)], ..Default::default() };
-    assert_eq!(store.release(&found(7), &[(1, 7)]).unwrap(), Some(1));
-    assert_eq!(store.release(&found(7), &[(1, 7)]).unwrap(), None, "it is there no more");
+    assert_eq!(store.release(&found(7), &[(at, 7)]).unwrap(), Some(1));
+    assert_eq!(store.release(&found(7), &[(at, 7)]).unwrap(), None, "it is there no more");
     // The history that was read for an added signature had it first.
     store.import(&[escrow(9)], 1).unwrap();
     let (id, _) = store.late_read().unwrap();
     store.accept_late(id, &LateStretch { next: 2, ..found(8) }).unwrap();
     assert_eq!(store.quarantined().unwrap(), [odd(at, 9)]);
-    assert!(store.drop_quarantined((1, 9)).unwrap() && !store.drop_quarantined((1, 9)).unwrap());
+    assert!(store.drop_quarantined((at, 9)).unwrap() && !store.drop_quarantined((at, 9)).unwrap());
     let late: Vec<_> =
         store.claim(9).unwrap().into_iter().map(|it| (it.entry.sequence, it.entry.late)).collect();
     assert_eq!(late, [(1, false), (2, true), (3, true)]);
+}
+
+#[test]
+fn a_log_of_another_block_at_the_same_place_is_neither_released_nor_dropped() {
+    let store = memory();
+    store.accept(&stretch(block(1, 0), &[1], &[])).unwrap();
+    let (lost, stands) = (block(2, 0), block(2, 1));
+    let odd_in = |at| Stretch { quarantined: vec![odd(at, 7), odd(at, 8)], ..stretch(at, &[], &[]) };
+    store.accept(&odd_in(lost)).unwrap();
+    store.retract(Some(block(1, 0)), u64::MAX).unwrap().unwrap();
+    store.accept(&odd_in(stands)).unwrap();
+    let found = LateStretch { events: vec![event(escrow(1), lost, 7, false)], ..LateStretch::default() };
+    assert_eq!(store.release(&found, &[(stands, 8), (lost, 7)]).unwrap(), None);
+    assert!(!store.drop_quarantined((lost, 7)).unwrap());
+    assert_eq!(store.quarantined().unwrap(), [odd(stands, 7), odd(stands, 8)]);
+    assert_eq!(store.entries(), 1, "nothing of the lost block was stored");
+}
+
+#[test]
+fn a_message_acknowledged_or_given_up_before_its_refusal_is_noted_is_not_refused() {
+    let store = memory();
+    store.accept(&stretch(block(1, 0), &[1], &[1, 1, 1])).unwrap();
+    let note = |positions: &[u64]| -> Vec<_> {
+        positions.iter().map(|position| (*position, "lane".to_owned(), "too odd".to_owned())).collect()
+    };
+    // Refused, offered again and taken within one commit.
+    store.settle(vec![0], &note(&[0])).unwrap();
+    assert_eq!(refused(&store), []);
+    // Below the watermark, and in a run above it.
+    store.settle(vec![2], &note(&[0, 1])).unwrap();
+    store.settle(vec![], &note(&[0, 1, 2])).unwrap();
+    assert_eq!(refused(&store), [(1, "too odd".to_owned())]);
+    assert!(!store.give_up(0).unwrap() && store.give_up(1).unwrap());
+    assert_eq!((store.waiting(), store.watermark().unwrap()), (1, 3));
 }
 
 #[test]

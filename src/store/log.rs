@@ -44,7 +44,7 @@ impl<'a, 'txn> Appender<'a, 'txn> {
         let before = self.row.bytes.len();
         encode_into(entry, &mut self.row.bytes, compact())?;
         let length = self.row.bytes.len() - before;
-        if before > 0 && self.row.size() + 4 + length > ROW_BYTES {
+        if before > 0 && self.row.size() + 4 > ROW_BYTES {
             let of_next = self.row.bytes.split_off(before);
             self.write()?;
             self.row.bytes = of_next;

@@ -266,12 +266,12 @@ fn a_change_of_a_large_store_changes_few_of_its_parts() {
     let many = (0..150_000u32).map(|number| Address::left_padding_from(&number.to_le_bytes()));
     let announced = many.chain([escrow(1)]).map(|escrow| (escrow, block(1, 0))).collect();
     store.accept(&Stretch { announced, ..stretch(block(1, 0), &[], &[]) }).unwrap();
-    for number in 2..12 {
+    for number in 2..32 {
         let events = (0..1_000).map(|index| event(escrow(1), block(number, 0), index, false)).collect();
         store.accept(&Stretch { events, ..stretch(block(number, 0), &[], &[]) }).unwrap();
     }
     let first = snapshots.create(&store, None).unwrap();
-    go_on_with_one(&store, 12);
+    go_on_with_one(&store, 32);
     let second = snapshots.create(&store, None).unwrap();
     let large: Vec<&Part> = second.parts.iter().filter(|part| part.bytes > 1 << 20).collect();
     let new = large.iter().filter(|part| !first.parts.contains(part)).count();

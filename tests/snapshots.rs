@@ -52,6 +52,10 @@ impl Fleet {
         self.pubsub.wait_until("all events", |messages| firsts(&lines(messages)).0.len() >= events).await;
     }
 
+    async fn wait_for_messages(&self, n: usize) {
+        self.pubsub.wait_for(n).await;
+    }
+
     /// Everything arrived, in order; how many came again. What comes again says the same.
     async fn assert_whole(&self) -> usize {
         let (mut firsts, repeats) = firsts(&lines(&self.pubsub.messages()));
@@ -161,6 +165,40 @@ async fn after_a_kill_what_came_since_the_last_snapshot_that_is_whole_comes_agai
     // The machine that was killed comes back with its old store: another one has gone on.
     let refused = machine.run(&["run"]).await;
     refused.failed_with(2, &["is older than the newest snapshot", "move the file away"]);
+}
+
+#[tokio::test]
+async fn what_was_published_after_the_last_snapshot_and_left_the_chain_since_is_never_withdrawn_and_the_start_says_so()
+ {
+    const SAID: &str = "has left the chain since is never withdrawn";
+    let fleet = Fleet::new().await;
+    let machine = fleet.machine();
+    let escrow = fleet.world.factory.create_escrow().await;
+    let mut relayer = started(&machine).await;
+    relayer.wait_said(SAID).await;
+    fleet.wait().await;
+    // The first comes by itself; then none for minutes.
+    relayer.wait_said("Snapshot snapshot-").await;
+    machine.run(&["snapshot", "create"]).await.good();
+    escrow.send("approve", &[]).await;
+    fleet.wait().await;
+    relayer.kill().await;
+    // Before the next snapshot the machine is gone, and the block of the approval, too.
+    fleet.world.chain.roll_back(1).await;
+    fleet.live(1).await;
+    let relayer = started(&fleet.machine()).await;
+    fleet.wait_for_messages(2 + 2).await;
+    relayer.stop().await;
+    let lines = lines(&fleet.pubsub.messages());
+    assert!(!lines.iter().any(Line::is_retraction), "nobody knows of it");
+    let of_it: Vec<&Line> =
+        lines.iter().filter(|line| line.ordering_key == format!("{:#x}", escrow.address)).collect();
+    assert_eq!(of_it.len(), 2, "announced, and approved, which is not so any more: {of_it:?}");
+
+    let fleet = Fleet::new().await;
+    let machine = fleet.machine().with("RELAYER_CHAIN__HORIZON", "finalized");
+    let relayer = started(&machine).await;
+    assert!(!relayer.stop().await.stderr.contains(SAID), "only what is final is published");
 }
 
 fn damage_a_part_of(manifest: &Path, folder: &Path) {

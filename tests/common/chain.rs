@@ -116,6 +116,9 @@ pub struct Block {
     pub transactions: Vec<B256>,
 }
 
+/// Transactions of one account that tests submit at the same time, at most.
+const SUBMITTED_AT_ONCE: usize = 20;
+
 impl Chain {
     pub async fn connect(url: impl Into<String>) -> Chain {
         let mut chain = Chain { http: reqwest::Client::new(), url: url.into(), accounts: vec![], gas: 0 };
@@ -193,6 +196,15 @@ impl Chain {
         let mut transaction = json!({ "from": from, "data": data, "gas": hex(self.gas) });
         if let Some(to) = to {
             transaction["to"] = json!(to);
+        }
+        // The node gives the nonce, to two at once the same one: whoever comes second asks again.
+        let second = |error: &RpcError| error.message.contains("nonce too low");
+        for _ in 1..SUBMITTED_AT_ONCE {
+            match self.try_rpc("eth_sendTransaction", json!([transaction])).await {
+                Err(error) if second(&error) => {}
+                Err(error) => panic!("eth_sendTransaction: {} ({})", error.message, error.code),
+                Ok(hash) => return serde_json::from_value(hash).expect("a hash"),
+            }
         }
         self.read("eth_sendTransaction", json!([transaction])).await
     }

@@ -18,6 +18,7 @@ use relayer::config::Config;
 use relayer::control::{self, Answer, Answers, Desk, Refusal, Request};
 use relayer::store::{Added, Store, StoreError};
 use serde::de::DeserializeOwned;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{Instant, sleep};
 
 use crate::{CONFIGURATION, FAULT, Failure};
@@ -78,28 +79,33 @@ impl Office {
 
     /// Asks for something.
     pub(crate) async fn ask(&self, request: Request) -> Result<Asking, Failure> {
+        // Before anything is begun that it is to end.
+        let interrupt = signal(SignalKind::interrupt()).map_err(anyhow::Error::from)?;
         match self {
-            Self::Here(desk) => Ok(Asking(Answers::of(Arc::clone(desk), request))),
+            Self::Here(desk) => Ok(Asking { answers: Answers::of(Arc::clone(desk), request), interrupt }),
             Self::Beside(path) => {
                 let gone = |error| anyhow!("the relayer that ran has just gone ({error}): try again");
                 let stream = control::connect(path).await.map_err(gone)?;
                 let answers = control::ask(stream, &request).await.map_err(anyhow::Error::from)?;
-                Ok(Asking(answers))
+                Ok(Asking { answers, interrupt })
             }
         }
     }
 }
 
 /// The rows that answer a request.
-pub(crate) struct Asking(Answers);
+pub(crate) struct Asking {
+    answers: Answers,
+    interrupt: Signal,
+}
 
 impl Asking {
     /// The next row. Notes go to standard error meanwhile; Ctrl-C ends it.
     pub(crate) async fn next<T: DeserializeOwned>(&mut self) -> Result<Option<T>, Failure> {
         loop {
             let answer = tokio::select! {
-                answer = self.0.next() => answer,
-                _ = tokio::signal::ctrl_c() => return Err(anyhow!("stopped by Ctrl-C").into()),
+                answer = self.answers.next() => answer,
+                _ = self.interrupt.recv() => return Err(anyhow!("stopped by Ctrl-C").into()),
             };
             match answer {
                 Answer::Row(row) => {

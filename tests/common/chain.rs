@@ -198,7 +198,8 @@ impl Chain {
             transaction["to"] = json!(to);
         }
         // The node gives the nonce, to two at once the same one: whoever comes second asks again.
-        let second = |error: &RpcError| error.message.contains("nonce too low");
+        let refusals = ["nonce too low", "already imported", "replacement transaction underpriced"];
+        let second = |error: &RpcError| refusals.iter().any(|refusal| error.message.contains(refusal));
         for _ in 1..SUBMITTED_AT_ONCE {
             match self.try_rpc("eth_sendTransaction", json!([transaction])).await {
                 Err(error) if second(&error) => {}

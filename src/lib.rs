@@ -374,6 +374,7 @@ async fn open_store(
     let snapshots = snapshot::configured(storage).expect("there is a folder");
     // Whoever has the file has its name for the lease, too.
     let existing = if path.exists() { Some(open(identity.clone()).await?) } else { None };
+    // Before it stands by: what another instance has gone on from is no standby. And after: one may have gone on meanwhile.
     if let Some(store) = &existing {
         is_newest(Arc::clone(&snapshots), store, path).await?;
     }

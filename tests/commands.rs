@@ -11,16 +11,9 @@ use common::relay::{Finished, PATIENCE, Running, by_key, firsts};
 use common::{Answer, Contract, Line, PubSub, Setup, World};
 use serde_json::{Value, json};
 
-const TOPIC: &str = "projects/test-project/topics/settlement.events.v1";
-
 /// A world whose relayer publishes to a Pub/Sub server.
 async fn with_pubsub() -> (World, PubSub) {
-    let mut world = World::new().await;
-    let pubsub = PubSub::start().await;
-    pubsub.create_topic(TOPIC);
-    world.setup.set("PUBSUB_EMULATOR_HOST", pubsub.endpoint());
-    world.setup.set("PUBSUB_PROJECT_ID", "test-project");
-    (world, pubsub)
+    World::new().await.publishing().await
 }
 
 fn json_of(finished: &Finished) -> Value {

@@ -12,14 +12,12 @@ use common::load::Dice;
 use common::pubsub::Code;
 use common::relay;
 use common::relay::faults::{Fault, Faults};
-use common::{Answer, Chain, Line, PubSub, Running, Setup, World};
+use common::{Answer, Chain, Line, Running, Setup, World};
 use serde_json::json;
 
 const FACTORY: Address = Address::repeat_byte(0xFA);
 const DEPLOYED: &str = "EscrowDeployed(address,address,address,address,uint256,uint256,uint8)";
 const APPROVED: &str = "Approved(address)";
-const TOPIC: &str = "projects/test-project/topics/settlement.events.v1";
-
 /// A block's worth of announcements and approvals of five escrows.
 fn logs(dice: &mut Dice) -> Vec<Emitted> {
     let party = Address::repeat_byte(0x77).into_word();
@@ -158,11 +156,7 @@ async fn a_real_block_that_leaves_the_chain_and_returns_is_withdrawn_and_publish
 #[tokio::test]
 async fn a_fork_with_messages_waiting_under_way_acknowledged_and_blocked_withdraws_each_rightly() {
     for (outstanding, killed) in [(4, false), (4, true), (1000, false), (1000, true)] {
-        let mut world = World::new().await;
-        let pubsub = PubSub::start().await;
-        pubsub.create_topic(TOPIC);
-        world.setup.set("PUBSUB_EMULATOR_HOST", pubsub.endpoint());
-        world.setup.set("PUBSUB_PROJECT_ID", "test-project");
+        let (mut world, pubsub) = World::new().await.publishing().await;
         world.setup.set("RELAYER_SINK__MAX_OUTSTANDING", outstanding);
         world.setup.set("RELAYER_SINK__TIMEOUT", "1s");
         let World { chain, factory, setup, .. } = &world;

@@ -15,7 +15,6 @@ use common::relay::free_port;
 use common::{Answer, PubSub, Running, World};
 use serde_json::Value;
 
-const TOPIC: &str = "projects/test-project/topics/settlement.events.v1";
 const WIDTHS: [u32; 3] = [360, 780, 1280];
 
 /// A chain, a Pub/Sub, and a relayer between them with its page.
@@ -27,12 +26,8 @@ struct Scene {
 
 impl Scene {
     async fn new() -> Scene {
-        let mut world = World::new().await;
-        let pubsub = PubSub::start().await;
-        pubsub.create_topic(TOPIC);
+        let (mut world, pubsub) = World::new().await.publishing().await;
         let port = free_port();
-        world.setup.set("PUBSUB_EMULATOR_HOST", pubsub.endpoint());
-        world.setup.set("PUBSUB_PROJECT_ID", "test-project");
         world.setup.set("RELAYER_HTTP__LISTEN", format!("127.0.0.1:{port}"));
         Scene { world, pubsub, url: format!("http://127.0.0.1:{port}") }
     }

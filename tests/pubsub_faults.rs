@@ -27,11 +27,7 @@ impl Broken {
     }
 
     async fn on(anvil: Anvil) -> Broken {
-        let mut world = World::on(anvil).await;
-        let pubsub = PubSub::start().await;
-        pubsub.create_topic(TOPIC);
-        world.setup.set("PUBSUB_EMULATOR_HOST", pubsub.endpoint());
-        world.setup.set("PUBSUB_PROJECT_ID", "test-project");
+        let (mut world, pubsub) = World::on(anvil).await.publishing().await;
         world.setup.set("RELAYER_SINK__TIMEOUT", "300ms");
         world.setup.set("RELAYER_SINK__MAX_OUTSTANDING", 50);
         Broken { world, pubsub }

@@ -11,15 +11,8 @@ use common::pubsub::{Code, Message};
 use common::relay::{PATIENCE, firsts};
 use common::{Answer, Line, PubSub, World};
 
-const TOPIC: &str = "projects/test-project/topics/settlement.events.v1";
-
 async fn with_pubsub() -> (World, PubSub) {
-    let mut world = World::new().await;
-    let pubsub = PubSub::start().await;
-    pubsub.create_topic(TOPIC);
-    world.setup.set("PUBSUB_EMULATOR_HOST", pubsub.endpoint());
-    world.setup.set("PUBSUB_PROJECT_ID", "test-project");
-    (world, pubsub)
+    World::new().await.publishing().await
 }
 
 fn is_replay(message: &Message) -> bool {

@@ -13,8 +13,6 @@ use common::{Line, PubSub, Setup, World};
 use serde_json::Value;
 use tempfile::TempDir;
 
-const TOPIC: &str = "projects/test-project/topics/settlement.events.v1";
-
 /// A world whose relayers publish to one broker and keep snapshots in one folder; each has a machine of its own.
 struct Fleet {
     world: World,
@@ -24,11 +22,8 @@ struct Fleet {
 
 impl Fleet {
     async fn new() -> Fleet {
-        let mut world = World::new().await;
-        let (pubsub, volume) = (PubSub::start().await, tempfile::tempdir().expect("a folder can be made"));
-        pubsub.create_topic(TOPIC);
-        world.setup.set("PUBSUB_EMULATOR_HOST", pubsub.endpoint());
-        world.setup.set("PUBSUB_PROJECT_ID", "test-project");
+        let (mut world, pubsub) = World::new().await.publishing().await;
+        let volume = tempfile::tempdir().expect("a folder can be made");
         let folder = volume.path().join("snapshots");
         fs::create_dir(&folder).expect("a folder can be made");
         world.setup.set("RELAYER_STORAGE__SNAPSHOT_DIR", folder.display());
@@ -50,10 +45,6 @@ impl Fleet {
     async fn wait(&self) {
         let events = self.world.truth().await.len();
         self.pubsub.wait_until("all events", |messages| firsts(&lines(messages)).0.len() >= events).await;
-    }
-
-    async fn wait_for_messages(&self, n: usize) {
-        self.pubsub.wait_for(n).await;
     }
 
     /// Everything arrived, in order; how many came again. What comes again says the same.
@@ -187,7 +178,7 @@ async fn what_was_published_after_the_last_snapshot_and_left_the_chain_since_is_
     fleet.world.chain.roll_back(1).await;
     fleet.live(1).await;
     let relayer = started(&fleet.machine()).await;
-    fleet.wait_for_messages(2 + 2).await;
+    fleet.pubsub.wait_for(2 + 2).await;
     relayer.stop().await;
     let lines = lines(&fleet.pubsub.messages());
     assert!(!lines.iter().any(Line::is_retraction), "nobody knows of it");

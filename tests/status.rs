@@ -22,15 +22,9 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
-const TOPIC: &str = "projects/test-project/topics/settlement.events.v1";
-
 /// A world whose relayer publishes to a Pub/Sub that fails as told.
 async fn with_pubsub() -> (World, PubSub, Pages) {
-    let mut world = World::new().await;
-    let pubsub = PubSub::start().await;
-    pubsub.create_topic(TOPIC);
-    world.setup.set("PUBSUB_EMULATOR_HOST", pubsub.endpoint());
-    world.setup.set("PUBSUB_PROJECT_ID", "test-project");
+    let (mut world, pubsub) = World::new().await.publishing().await;
     world.setup.set("RELAYER_SINK__TIMEOUT", "300ms");
     let pages = Pages::of(&mut world.setup);
     (world, pubsub, pages)

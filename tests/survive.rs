@@ -11,8 +11,6 @@ use common::relay::faults::{Fault, Faults};
 use common::relay::{self, PATIENCE};
 use common::{Line, PubSub, World};
 
-const TOPIC: &str = "projects/test-project/topics/settlement.events.v1";
-
 /// Whether so much of a thousand hits this number; the same in every run.
 fn hits(number: usize, of_a_thousand: u64) -> bool {
     Dice(number as u64 + 1).below(1000) < of_a_thousand
@@ -123,11 +121,7 @@ struct Published {
 
 impl Published {
     async fn new() -> Published {
-        let mut world = World::new().await;
-        let pubsub = PubSub::start().await;
-        pubsub.create_topic(TOPIC);
-        world.setup.set("PUBSUB_EMULATOR_HOST", pubsub.endpoint());
-        world.setup.set("PUBSUB_PROJECT_ID", "test-project");
+        let (world, pubsub) = World::new().await.publishing().await;
         Published { world, pubsub }
     }
 

@@ -168,7 +168,7 @@ impl<V: Volume> Snapshots<V> {
     /// last: until then nobody sees that there is something.
     pub fn create(&self, store: &Store, deadline: Option<Instant>) -> Result<Manifest, SnapshotError> {
         let _making = self.making.lock().expect("nothing panics with it");
-        let number = self.numbers()?.last().map_or(1, |last| last + 1);
+        let number = self.manifests()?.first().map_or(1, |(newest, _)| newest + 1);
         let is_late = || deadline.is_some_and(|deadline| Instant::now() >= deadline);
         self.forget_missing_parts()?;
         let mut parts = Vec::new();
@@ -232,12 +232,13 @@ impl<V: Volume> Snapshots<V> {
         }
     }
 
-    /// The numbers of the snapshots, ascending.
-    fn numbers(&self) -> Result<Vec<u64>, SnapshotError> {
+    /// Number and file of each manifest, the newest first.
+    fn manifests(&self) -> Result<Vec<(u64, String)>, SnapshotError> {
         let files = self.volume.list("").map_err(volume_error("it cannot be listed"))?;
-        let mut numbers: Vec<u64> = files.iter().filter_map(|file| Manifest::number_of(file)).collect();
-        numbers.sort_unstable();
-        Ok(numbers)
+        let numbered = files.into_iter().filter_map(|file| Some((Manifest::number_of(&file)?, file)));
+        let mut manifests: Vec<(u64, String)> = numbered.collect();
+        manifests.sort_unstable_by(|a, b| b.cmp(a));
+        Ok(manifests)
     }
 
     /// All snapshots, the newest first; one without all of its parts is damaged.
@@ -255,11 +256,8 @@ impl<V: Volume> Snapshots<V> {
 
     /// All snapshots, the newest first.
     pub fn list(&self) -> Result<Vec<Listed>, SnapshotError> {
-        let files = self.volume.list("").map_err(volume_error("it cannot be listed"))?;
-        let mut files: Vec<(u64, String)> =
-            files.into_iter().filter_map(|file| Some((Manifest::number_of(&file)?, file))).collect();
-        files.sort_unstable_by(|a, b| b.cmp(a));
-        Ok(files.into_iter().map(|(_, file)| Listed { manifest: self.manifest(&file), file }).collect())
+        let manifests = self.manifests()?.into_iter();
+        Ok(manifests.map(|(_, file)| Listed { manifest: self.manifest(&file), file }).collect())
     }
 
     fn manifest(&self, file: &str) -> Result<Manifest, String> {
@@ -312,9 +310,8 @@ impl<V: Volume> Snapshots<V> {
             return Err(SnapshotError::Unknown(file.to_owned()));
         }
         // What was there when it was restored is no sign that another instance has gone on since.
-        let of = listed.iter().filter_map(|listed| Some((Manifest::number_of(&listed.file)?, listed)));
         let restored_at = Restored {
-            number: of.map(|(number, _)| number).max().unwrap_or(0),
+            number: listed.first().and_then(|newest| Manifest::number_of(&newest.file)).unwrap_or(0),
             after: listed.iter().filter_map(|listed| Some(listed.manifest.as_ref().ok()?.epoch)).max(),
         };
         let mut newest = None;

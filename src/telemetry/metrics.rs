@@ -129,8 +129,7 @@ pub fn install() -> Option<PrometheusHandle> {
     kept(None, 0);
     registered([("watched", 0), ("joining", 0), ("archived", 0), ("withdrawn", 0)]);
     gauge!("relayer_build_info", "version" => env!("CARGO_PKG_VERSION")).set(1.0);
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    gauge!("relayer_start_time_seconds").set(now.as_secs_f64());
+    gauge!("relayer_start_time_seconds").set(unix_time());
     Some(handle)
 }
 
@@ -197,8 +196,12 @@ pub fn pruned(entries: usize) {
 /// A snapshot was made.
 pub fn snapshot_made() {
     counter!("relayer_snapshots_total").increment(1);
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    gauge!("relayer_snapshot_timestamp_seconds").set(now.as_secs_f64());
+    gauge!("relayer_snapshot_timestamp_seconds").set(unix_time());
+}
+
+/// In seconds since 1970.
+fn unix_time() -> f64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()
 }
 
 /// A snapshot could not be made.

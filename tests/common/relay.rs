@@ -55,6 +55,15 @@ impl World {
         World { anvil, chain, factory, setup }
     }
 
+    /// The same, with relayers that publish to a Pub/Sub server.
+    pub async fn publishing(mut self) -> (World, pubsub::PubSub) {
+        let server = pubsub::PubSub::start().await;
+        server.create_topic("projects/test-project/topics/settlement.events.v1");
+        self.setup.set("PUBSUB_EMULATOR_HOST", server.endpoint());
+        self.setup.set("PUBSUB_PROJECT_ID", "test-project");
+        (self, server)
+    }
+
     /// What a relayer must have said of everything on the chain up to `last`.
     pub async fn truth_to(&self, last: u64) -> truth::Truth {
         truth::Truth::read(&self.chain, self.factory.address, last).await

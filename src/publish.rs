@@ -5,8 +5,9 @@
 //! 1. A lane (one escrow, or one bucket of them) has one run of messages under way at a time, and the next begins
 //!    where the acknowledged part of the last one ended: nothing overtakes.
 //! 2. Messages handed to the sink whose acknowledgement is not committed number at most `sink.max_outstanding`:
-//!    after a crash no more than those are sent again. What may be handed over is the oldest so many entries whose
-//!    acknowledgement is not committed (blocked lanes aside): so a second crash, before they came again, adds none.
+//!    after a crash no more than those are sent again. What may be handed over is the first so many entries whose
+//!    acknowledgement is not committed (blocked lanes aside), in the order in which the store gives them, which it keeps
+//!    through restarts: so a second crash, before they came again, adds none.
 //!    Without ordering keys, what a lane had handed over behind a message that is refused then may be stored all the
 //!    same, and is not counted while it waits: kept in the count it would leave no room to the other lanes.
 //! 3. An entry counts as done only after the sink acknowledged it *and* the store committed that.
@@ -323,7 +324,14 @@ impl<S: Sink> Publisher<S> {
             return Ok(());
         }
         let room = self.window().saturating_sub(self.uncommitted()).clamp(1, RUN_MESSAGES);
-        let claimed = on_disk(&self.store, move |store| store.claim(room)).await?;
+        // Where a lane is an escrow, what has piled up goes out escrow by escrow: many messages in one request.
+        let by_escrow = self.ordering == config::Ordering::Escrow && !self.sink.is_sequential();
+        let max_outstanding = self.max_outstanding;
+        let claim = move |store: &Store| match by_escrow {
+            true => store.claim_by_escrow(room, max_outstanding),
+            false => store.claim(room),
+        };
+        let claimed = on_disk(&self.store, claim).await?;
         for Claimed { position, entry } in claimed {
             let id = LaneId::of(&entry, self.ordering, self.sink.is_sequential());
             let message = Arc::new(self.message(&entry));

@@ -12,6 +12,7 @@
 //! 5. A commit whose outcome is unknown (I/O error) is a fault of the process: restart reads what is true.
 
 mod audit;
+mod claims;
 mod copy;
 mod fork;
 mod lanes;
@@ -41,6 +42,9 @@ use thiserror::Error;
 use tokio::sync::watch;
 
 pub use audit::{Comparison, Place};
+pub use claims::Claimed;
+#[cfg(test)]
+pub(crate) use claims::Groups;
 pub use copy::{Moment, Piece, Restored, restore};
 pub use late::{Added, Imported, LateStretch};
 pub use look::{Acknowledged, Page};
@@ -53,10 +57,11 @@ pub use schema::{
 
 use crate::event::{BlockRef, Event};
 use crate::telemetry::metrics;
+use claims::Claims;
 use fork::{Fate, doomed, forget_final, log_end, newest_final};
 use lanes::Lanes;
 use opening::{begin_life, builder, compare, create, migrate, open_error, read_life};
-use runs::{acknowledge, add_run, cut_runs, run_end};
+use runs::{acknowledge, add_run, cut_runs};
 use schema::{
     ACKNOWLEDGED, BLOCKS, DIGESTS, EVENT_LOG, MARKS, META, PROGRESS, Progress, QUARANTINE, REGISTRY,
     Remembered, UNAUDITED, WATERMARK, decode, encode,
@@ -201,15 +206,6 @@ pub struct TooMany {
     pub messages: u64,
 }
 
-/// An entry handed to the publisher.
-#[derive(Clone, Debug)]
-pub struct Claimed {
-    /// Its place in the log.
-    pub position: u64,
-    /// The message.
-    pub entry: Entry,
-}
-
 /// The open store. All calls block on the disk: call them off the async threads.
 #[derive(Debug)]
 pub struct Store {
@@ -224,15 +220,6 @@ pub struct Store {
     claims: Mutex<Claims>,
     waiting: AtomicU64,
     appended: watch::Sender<u64>,
-}
-
-/// What publishers have been given.
-#[derive(Debug)]
-struct Claims {
-    /// The next position to hand out.
-    next: u64,
-    /// Every entry below it may have been handed to the sink, by this process or one before.
-    seen_below: u64,
 }
 
 impl Store {
@@ -312,7 +299,7 @@ impl Store {
             identity: life.identity,
             epoch: life.epoch,
             late_reads,
-            claims: Mutex::new(Claims { next: watermark, seen_below: progress.next_position }),
+            claims: Mutex::new(Claims::new(watermark, progress.next_position)),
             appended: watch::Sender::new(progress.next_position),
             writer: Mutex::new(()),
             progress: Mutex::new(progress),
@@ -542,39 +529,6 @@ impl Store {
 
     fn measure(&self, cursor: Option<u64>) {
         metrics::stored(cursor, self.registry().len(), self.waiting());
-    }
-
-    /// The next entries to publish, at most `limit`, in log order. Each is handed out once per opening of the store.
-    pub fn claim(&self, limit: usize) -> Result<Vec<Claimed>, StoreError> {
-        let mut claims = lock(&self.claims);
-        // Taken before the tables are read: what is appended in between lies beyond it, and is not counted as waiting yet.
-        let end = lock(&self.progress).next_position;
-        let read = self.db.begin_read()?;
-        let log = read.open_table(EVENT_LOG)?;
-        let acknowledged = read.open_table(ACKNOWLEDGED)?;
-        // The watermark may have passed runs acknowledged in an earlier life: their rows no longer say so.
-        let watermark = read.open_table(MARKS)?.get(WATERMARK)?.map_or(0, |mark| mark.value());
-        claims.next = claims.next.max(watermark);
-        let mut claimed = Vec::new();
-        // Some may have been acknowledged before, some dropped: there is more to look for behind them.
-        while claimed.is_empty() && claims.next < end {
-            let upto = end.min(claims.next.saturating_add(limit as u64));
-            for entry in log::entries(&log, claims.next..upto)? {
-                let (position, entry) = entry?;
-                if run_end(&acknowledged, position)?.is_none() {
-                    claimed.push(Claimed { position, entry });
-                }
-            }
-            claims.next = upto;
-        }
-        claims.seen_below = claims.seen_below.max(claims.next);
-        Ok(claimed)
-    }
-
-    /// Whether every entry has been handed out.
-    pub fn all_claimed(&self) -> bool {
-        let next = lock(&self.claims).next;
-        next >= lock(&self.progress).next_position
     }
 
     /// Records that the sink acknowledged these entries. The watermark follows where they close the gap to it.

@@ -1,16 +1,18 @@
 use std::collections::VecDeque;
+use std::io;
 use std::num::{NonZeroU32, NonZeroUsize};
 use std::sync::Mutex;
 
 use alloy::json_abi::Event as AbiEvent;
 use alloy::primitives::{Address, B256};
 use proptest::prelude::*;
+use redb::StorageBackend;
 use redb::backends::InMemoryBackend;
 
 use super::*;
 use crate::event::{BlockRef, Log, Recognised, Role, Signatures};
 use crate::permit::Moment;
-use crate::store::{Identity, Stretch};
+use crate::store::{Added, Groups, Identity, Stretch};
 
 /// What the sink does with its next run.
 #[derive(Clone, Copy, Debug)]
@@ -114,6 +116,12 @@ fn escrow(number: u8) -> Address {
 
 /// A store in which these escrows have an announcement and, in this order, these approvals wait.
 fn store(escrows: &[u8], approvals: &[u8]) -> Arc<Store> {
+    let store = open(InMemoryBackend::new());
+    append(&store, escrows, approvals);
+    Arc::new(store)
+}
+
+fn open(backend: impl StorageBackend) -> Store {
     let identity = Identity {
         chain_id: 1,
         factory: Address::repeat_byte(0xFA),
@@ -121,10 +129,33 @@ fn store(escrows: &[u8], approvals: &[u8]) -> Arc<Store> {
         sink: "script".into(),
         ordering: "escrow".into(),
     };
-    let store =
-        Store::open_backend(InMemoryBackend::new(), identity, Some(1), crate::store::Added::Read).unwrap();
-    append(&store, escrows, approvals);
-    Arc::new(store)
+    Store::open_backend(backend, identity, Some(1), Added::Read).unwrap()
+}
+
+/// What a store is in outlives it.
+#[derive(Clone, Debug)]
+struct Disk(Arc<InMemoryBackend>);
+
+impl StorageBackend for Disk {
+    fn len(&self) -> io::Result<u64> {
+        self.0.len()
+    }
+
+    fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
+        self.0.read(offset, out)
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.0.set_len(len)
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        self.0.sync_data()
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.0.write(offset, data)
+    }
 }
 
 fn append(store: &Store, escrows: &[u8], approvals: &[u8]) {
@@ -489,6 +520,102 @@ proptest! {
             }
         });
     }
+}
+
+/// The process is killed: what it had under way on the disk may still get there.
+async fn killed(publisher: Publisher<Script>, mut store: Arc<Store>) {
+    drop(publisher);
+    while let Err(busy) = Arc::try_unwrap(store) {
+        store = busy;
+        tokio::task::yield_now().await;
+    }
+}
+
+/// Messages handed over, ever, whose acknowledgement is not committed.
+fn in_doubt(sink: &Script, store: &Store) -> usize {
+    let attempts = sink.attempts.lock().unwrap();
+    let handed: HashSet<&String> = attempts.iter().flatten().collect();
+    let page = store.entries_from(0, usize::MAX).unwrap();
+    let acknowledged = store.acknowledged().unwrap();
+    let waiting = page.entries.iter().filter(|claimed| !acknowledged.contains(claimed.position));
+    waiting
+        .filter(|claimed| {
+            handed.contains(&name_of(&Message::of(&claimed.entry, 1, config::Ordering::Escrow)))
+        })
+        .count()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 96, ..ProptestConfig::default() })]
+
+    /// A backlog goes out escrow by escrow, and the process is killed again and again while it does, and while more is
+    /// appended: all arrive, in order, and what may be repeated never grows beyond the bound.
+    #[test]
+    fn however_often_it_is_killed_no_more_is_in_doubt_than_may_be_and_all_arrive_in_order(
+        script in prop::collection::vec(acts(), 0..20),
+        lives in prop::collection::vec((0usize..40, prop::collection::vec(1u8..7, 0..40)), 1..6),
+        max_outstanding in 1usize..9,
+        (backlog, entries) in (1u64..20, 1u64..40),
+    ) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
+        runtime.block_on(async {
+            let disk = Disk(Arc::default());
+            let groups = Groups { backlog, entries, ..Groups::default() };
+            let sink = Arc::new(Script { acts: Mutex::new(script.into()), ..Script::default() });
+            let begin = || {
+                let store = Arc::new(open(disk.clone()));
+                store.group_by(groups);
+                let publisher = Publisher::new(Arc::clone(&sink), Arc::clone(&store), &settings(max_outstanding));
+                (store, publisher)
+            };
+            let (store, _) = begin();
+            append(&store, &[1, 2, 3, 4, 5, 6], &[]);
+            drop(store);
+            let mut counts = [1; 6];
+            for (steps, approvals) in lives {
+                let (store, mut publisher) = begin();
+                approvals.iter().for_each(|number| counts[usize::from(*number) - 1] += 1);
+                append(&store, &[], &approvals);
+                for _ in 0..steps {
+                    if let Step::Wait(pause) = publisher.step().await.unwrap() {
+                        tokio::time::sleep(pause).await;
+                    }
+                    let in_doubt = in_doubt(&sink, &store);
+                    assert!(in_doubt <= max_outstanding, "{in_doubt} of at most {max_outstanding}");
+                }
+                killed(publisher, store).await;
+            }
+            let (store, mut publisher) = begin();
+            drain(&mut publisher).await;
+            assert_eq!(store.waiting(), 0);
+            let firsts = firsts(&sink.stored());
+            for (number, count) in (1u8..).zip(counts) {
+                let lane = format!("0x0{number}");
+                let expected: Vec<String> = (1..=count).map(|sequence| format!("{lane}:{sequence}")).collect();
+                assert_eq!(firsts[&lane], expected);
+            }
+        });
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_backlog_goes_out_escrow_by_escrow_and_what_follows_it_in_order() {
+    let approvals: Vec<u8> = (1..=4).cycle().take(40).collect();
+    let store = store(&[1, 2, 3, 4], &approvals);
+    store.group_by(Groups { backlog: 20, ..Groups::default() });
+    let sink = Arc::new(Script::default());
+    let mut publisher = Publisher::new(Arc::clone(&sink), Arc::clone(&store), &settings(30));
+    drain(&mut publisher).await;
+    let runs: Vec<(String, usize)> =
+        sink.attempts.lock().unwrap().iter().map(|run| (run[0].clone(), run.len())).collect();
+    let of = |name: &str, count| (name.to_owned(), count);
+    // The third and the fourth are cut by the bound on what may be repeated.
+    let [first, second, ..] = &runs[..] else { panic!("{runs:?}") };
+    assert_eq!((first, second, runs.len()), (&of("0x01:1", 11), &of("0x02:1", 11), 6), "{runs:?}");
+    append(&store, &[], &[4, 3, 2, 1]);
+    let before = sink.stored().len();
+    drain(&mut publisher).await;
+    assert_eq!(sink.stored()[before..], ["0x04:12", "0x03:12", "0x02:12", "0x01:12"]);
 }
 
 /// A publisher that takes orders.

@@ -1,6 +1,5 @@
 //! Google Pub/Sub through the official crate.
 
-use std::collections::HashSet;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
@@ -20,19 +19,13 @@ use super::SetupError;
 use crate::config::{self, SinkKind};
 use crate::publish::{Message, Receipt, Sink, SinkError};
 
-/// The library keeps a task for every key it has seen, 14 KB each; after this many keys it is replaced by a fresh one.
-const KEYS_PER_PUBLISHER: usize = 2_000;
-/// How long the library gathers messages of a key into one request. Runs come whole, so it need not be long.
+/// How long the library gathers messages into one request, where these do not fill it.
 const GATHER: Duration = Duration::from_millis(1);
 const REQUEST_MESSAGES: u32 = 1000;
 /// Bytes of a request: servers built on gRPC's default refuse more than 4 MB.
 const REQUEST_BYTES: u32 = 3_000_000;
 /// What Pub/Sub takes at most, in bytes: a request with its framing, so a message a little less.
 const MESSAGE_BYTES: usize = 10_000_000 - 10_000;
-/// Times a key that the library still holds paused is resumed, and the pause between.
-const RESUMES: u32 = 50;
-const RESUME_PAUSE: Duration = Duration::from_millis(10);
-
 /// Runs that failed in a row after which the client is replaced: its connection may be dead without a word (nothing in
 /// the library notices), or its credentials may have failed for good.
 const FAILURES_PER_CLIENT: u32 = 4;
@@ -43,22 +36,16 @@ pub struct GooglePubSub {
     emulator: bool,
     timeout: Duration,
     topic: String,
-    current: Mutex<Generation>,
+    client: Mutex<Client>,
     /// Runs in a row that could not be published.
     failures: AtomicU32,
 }
 
-/// One publisher of the library and the keys it has seen.
-///
-/// A lane has one run under way at a time, and a run keeps its publisher until it is done: so a key never lives
-/// in two of them at once, though a generation has two and may end while others of its runs are still under way.
-struct Generation {
+/// The library's client, and who publishes what has no ordering key.
+struct Client {
     base: BasePublisher,
-    /// Gathers messages of a key into one request.
-    publisher: Publisher,
-    /// Sends each message at once: what comes alone must not wait for company.
-    prompt: Publisher,
-    keys: HashSet<String>,
+    /// Gathers messages of several lanes into one request.
+    gathering: Publisher,
 }
 
 impl GooglePubSub {
@@ -70,8 +57,8 @@ impl GooglePubSub {
         let (endpoint, timeout) = (endpoint.clone(), config.timeout);
         let base = client(endpoint.as_deref(), *emulator, timeout).await?;
         let topic = topic_name(project, topic);
-        let current = Mutex::new(Generation::new(base, &topic));
-        Ok(Self { endpoint, emulator: *emulator, timeout, topic, current, failures: AtomicU32::new(0) })
+        let client = Mutex::new(Client::new(base, &topic));
+        Ok(Self { endpoint, emulator: *emulator, timeout, topic, client, failures: AtomicU32::new(0) })
     }
 
     /// After a number of failures in a row: another client, with connections of its own. What is under way in the one
@@ -82,39 +69,43 @@ impl GooglePubSub {
         }
         self.failures.store(0, Ordering::Relaxed);
         match client(self.endpoint.as_deref(), self.emulator, self.timeout).await {
-            Ok(base) => *lock(&self.current) = Generation::new(base, &self.topic),
+            Ok(base) => *lock(&self.client) = Client::new(base, &self.topic),
             Err(error) => debug!(%error, "No other Pub/Sub client can be made: going on with this one"),
         }
     }
 
+    /// Who publishes a run of so many messages.
+    ///
+    /// With a key each run has a publisher of its own: it sends when it has the whole run, and nothing of a run before, least
+    /// of all that its key is paused, is left in it. A lane has one run under way at a time, so a key never lives in two of
+    /// them at once. Kept, the library would have a task for every key it has ever seen, 14 KB each.
     fn publisher_for(&self, key: &str, messages: usize) -> Publisher {
-        let mut current = lock(&self.current);
-        if !current.keys.contains(key) {
-            if current.keys.len() >= KEYS_PER_PUBLISHER {
-                *current = Generation::new(current.base.clone(), &self.topic);
-            }
-            current.keys.insert(key.to_owned());
+        let client = lock(&self.client);
+        match (key, messages) {
+            ("", 2..) => client.gathering.clone(),
+            // What comes alone must not wait for company.
+            _ => publisher(&client.base, &self.topic, messages as u32),
         }
-        let Generation { publisher, prompt, .. } = &*current;
-        if messages == 1 { prompt.clone() } else { publisher.clone() }
     }
 
     /// The library's publisher has ended: the next run gets a new one.
     fn renew(&self) {
-        let mut current = lock(&self.current);
-        *current = Generation::new(current.base.clone(), &self.topic);
+        let mut client = lock(&self.client);
+        *client = Client::new(client.base.clone(), &self.topic);
     }
 }
 
-impl Generation {
+impl Client {
     fn new(base: BasePublisher, topic: &str) -> Self {
-        let publisher = |messages| {
-            let builder = base.publisher(topic).set_message_count_threshold(messages);
-            builder.set_byte_threshold(REQUEST_BYTES).set_delay_threshold(GATHER).build()
-        };
-        let (publisher, prompt) = (publisher(REQUEST_MESSAGES), publisher(1));
-        Self { base, publisher, prompt, keys: HashSet::new() }
+        let gathering = publisher(&base, topic, REQUEST_MESSAGES);
+        Self { base, gathering }
     }
+}
+
+/// Sends when it has so many messages.
+fn publisher(base: &BasePublisher, topic: &str, messages: u32) -> Publisher {
+    let builder = base.publisher(topic).set_message_count_threshold(messages.min(REQUEST_MESSAGES));
+    builder.set_byte_threshold(REQUEST_BYTES).set_delay_threshold(GATHER).build()
 }
 
 async fn client(
@@ -132,8 +123,8 @@ async fn client(
     builder.build().await.map_err(|error| SetupError::PubSub(error.to_string()))
 }
 
-fn lock(current: &Mutex<Generation>) -> MutexGuard<'_, Generation> {
-    current.lock().expect("no code that panics runs under this lock")
+fn lock(client: &Mutex<Client>) -> MutexGuard<'_, Client> {
+    client.lock().expect("no code that panics runs under this lock")
 }
 
 /// The topic's full name; a full name is taken as it is.
@@ -154,38 +145,25 @@ impl Sink for GooglePubSub {
             return Receipt { acknowledged: 0, failure: Some(SinkError::Refused(reason)) };
         }
         self.replace_failing_client().await;
-        let key = run[0].ordering_key.clone();
-        let publisher = self.publisher_for(&key, fitting);
-        for _ in 0..RESUMES {
-            let sent = run[..fitting].iter().map(|message| publisher.publish(wire(message)));
-            // All of them: nothing may be under way when the run is tried again.
-            let results = join_all(sent).await;
-            let acknowledged = results.iter().take_while(|result| result.is_ok()).count();
-            let Some(failure) = results.into_iter().find_map(Result::err) else {
-                self.failures.store(0, Ordering::Relaxed);
-                return Receipt { acknowledged, failure: None };
-            };
-            if matches!(failure, PublishError::Shutdown) {
-                self.renew();
-            }
-            publisher.resume_publish(&key);
-            // Still paused by the run before, whose failure came back before the pause was in place: not sent.
-            if acknowledged == 0 && matches!(failure, PublishError::OrderingKeyPaused) {
-                tokio::time::sleep(RESUME_PAUSE).await;
-                continue;
-            }
-            let failure = judge(&failure);
-            match failure {
-                SinkError::Unavailable(_) => self.failures.fetch_add(1, Ordering::Relaxed),
-                // The server answered.
-                SinkError::Refused(_) | SinkError::Closed(_) => self.failures.swap(0, Ordering::Relaxed),
-            };
-            return Receipt { acknowledged, failure: Some(failure) };
+        let publisher = self.publisher_for(&run[0].ordering_key, fitting);
+        let sent = run[..fitting].iter().map(|message| publisher.publish(wire(message)));
+        // All of them: nothing may be under way when the run is tried again.
+        let results = join_all(sent).await;
+        let acknowledged = results.iter().take_while(|result| result.is_ok()).count();
+        let Some(failure) = results.into_iter().find_map(Result::err) else {
+            self.failures.store(0, Ordering::Relaxed);
+            return Receipt { acknowledged, failure: None };
+        };
+        if matches!(failure, PublishError::Shutdown) {
+            self.renew();
         }
-        Receipt {
-            acknowledged: 0,
-            failure: Some(SinkError::Unavailable("the ordering key stays paused".into())),
-        }
+        let failure = judge(&failure);
+        match failure {
+            SinkError::Unavailable(_) => self.failures.fetch_add(1, Ordering::Relaxed),
+            // The server answered.
+            SinkError::Refused(_) | SinkError::Closed(_) => self.failures.swap(0, Ordering::Relaxed),
+        };
+        Receipt { acknowledged, failure: Some(failure) }
     }
 
     fn is_sequential(&self) -> bool {

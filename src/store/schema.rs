@@ -41,6 +41,10 @@ pub(super) const WATERMARK: &str = "watermark";
 /// The highest block of which an entry was pruned.
 pub(super) const PRUNED_BLOCK: &str = "pruned_block";
 
+/// The newest stretch of the log that was handed out escrow by escrow, from its first position to one past its last.
+pub(super) const GROUP_START: &str = "group_start";
+pub(super) const GROUP_END: &str = "group_end";
+
 /// If this store was made of a snapshot: the highest number there was of one then.
 pub(super) const RESTORED_FROM: &str = "restored_from";
 

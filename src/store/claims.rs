@@ -1,0 +1,220 @@
+//! What a publisher is given to publish, and in which order.
+//!
+//! A publisher that keeps up is given the log as it is. What has piled up it may have escrow by escrow instead, in groups:
+//! then many messages of an escrow go out in one request, where the log has them far apart.
+//!
+//! Constraints it keeps:
+//!
+//! 1. Each entry is handed out once per opening of the store, and those of one escrow in log order.
+//! 2. What was handed out and is not acknowledged is handed out again first, in whatever order that was: a group is stored
+//!    before the first of its entries leaves, and its order depends on the entries alone. So a second crash repeats
+//!    nothing that the first one did not.
+//! 3. What a group holds in memory is bounded.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+
+use redb::{ReadTransaction, ReadableDatabase, ReadableTableMetadata};
+
+use super::runs::run_end;
+use super::schema::{ACKNOWLEDGED, BLOCKED, EVENT_LOG, GROUP_END, GROUP_START, MARKS, WATERMARK};
+use super::{Entry, Store, StoreError, lock, log};
+
+/// When a group is made, and how large it becomes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Groups {
+    /// So many entries are a backlog: fewer are soon handed out as they are.
+    pub backlog: u64,
+    /// What a group holds at most: entries, and bytes of their bodies (unless one alone is larger).
+    pub entries: u64,
+    pub bytes: usize,
+}
+
+impl Default for Groups {
+    fn default() -> Self {
+        Self { backlog: 2_048, entries: 16_384, bytes: 16 << 20 }
+    }
+}
+
+/// Blocked lanes let a publisher have so many times more than it may hand over.
+const BLOCKED_LANES: u64 = 11;
+
+/// An entry handed to the publisher.
+#[derive(Clone, Debug)]
+pub struct Claimed {
+    /// Its place in the log.
+    pub position: u64,
+    /// The message.
+    pub entry: Entry,
+}
+
+/// What publishers have been given.
+#[derive(Debug)]
+pub(super) struct Claims {
+    /// The next position to look at.
+    pub next: u64,
+    /// Every entry below it may have been handed to the sink, by this process or one before.
+    pub seen_below: u64,
+    pub groups: Groups,
+    /// What is left of the group that is handed out.
+    group: VecDeque<Claimed>,
+    /// The end of the log when it was opened: a process before may have handed out entries below it.
+    opened_at: u64,
+    /// Entries handed out in log order since then, after the last group that is stored.
+    in_order: u64,
+}
+
+impl Claims {
+    /// Beginning at the watermark, with a log of so many entries.
+    pub fn new(watermark: u64, end: u64) -> Self {
+        let (groups, group) = (Groups::default(), VecDeque::new());
+        Self { next: watermark, seen_below: end, groups, group, opened_at: end, in_order: 0 }
+    }
+
+    fn in_log_order(
+        &mut self,
+        read: &ReadTransaction,
+        limit: usize,
+        end: u64,
+    ) -> Result<Vec<Claimed>, StoreError> {
+        let mut claimed = Vec::new();
+        // Some may have been acknowledged before, some dropped: there is more to look for behind them.
+        while claimed.is_empty() && self.next < end {
+            let upto = end.min(self.next.saturating_add(limit as u64));
+            claimed = unacknowledged(read, self.next..upto)?;
+            self.next = upto;
+        }
+        self.in_order += claimed.len() as u64;
+        self.seen_below = self.seen_below.max(self.next);
+        Ok(claimed)
+    }
+
+    fn begin_group(&mut self, read: &ReadTransaction, group: Range<u64>) -> Result<(), StoreError> {
+        let mut entries = unacknowledged(read, group.clone())?;
+        entries.sort_unstable_by_key(|claimed| (claimed.entry.escrow, claimed.position));
+        self.group = entries.into();
+        self.next = group.end;
+        self.seen_below = self.seen_below.max(group.end);
+        self.in_order = 0;
+        Ok(())
+    }
+}
+
+impl Store {
+    /// The next entries to publish, at most `limit`, in log order.
+    pub fn claim(&self, limit: usize) -> Result<Vec<Claimed>, StoreError> {
+        let mut claims = lock(&self.claims);
+        let (read, end) = self.claimable(&mut claims)?;
+        claims.in_log_order(&read, limit, end)
+    }
+
+    /// The same, but a backlog escrow by escrow. `max_outstanding`: what a process before can have handed over in log order
+    /// without an acknowledgement; so much is handed out in that order again before a group is made.
+    pub fn claim_by_escrow(&self, limit: usize, max_outstanding: usize) -> Result<Vec<Claimed>, StoreError> {
+        let mut claims = lock(&self.claims);
+        while claims.group.is_empty() {
+            let (read, end) = self.claimable(&mut claims)?;
+            let upto = match stored_group(&read)? {
+                Some(group) if group.contains(&claims.next) => {
+                    let rest = claims.next..group.end;
+                    claims.begin_group(&read, rest)?;
+                    continue;
+                }
+                Some(group) if claims.next < group.start => group.start,
+                Some(_) | None => end,
+            };
+            let is_backlog = upto == end && end - claims.next >= claims.groups.backlog;
+            if is_backlog && is_settled(&claims, &read, max_outstanding)? {
+                let group = next_group(&read, claims.next..end, claims.groups)?;
+                self.store_group(&group)?;
+                claims.begin_group(&read, group)?;
+                continue;
+            }
+            let claimed = claims.in_log_order(&read, limit, upto)?;
+            if !claimed.is_empty() || claims.next >= end {
+                return Ok(claimed);
+            }
+        }
+        let count = limit.min(claims.group.len());
+        Ok(claims.group.drain(..count).collect())
+    }
+
+    /// Whether every entry has been handed out.
+    pub fn all_claimed(&self) -> bool {
+        let claims = lock(&self.claims);
+        claims.group.is_empty() && claims.next >= lock(&self.progress).next_position
+    }
+
+    #[cfg(test)]
+    pub(crate) fn group_by(&self, groups: Groups) {
+        lock(&self.claims).groups = groups;
+    }
+
+    /// A view of the tables, and the end of the log in it.
+    fn claimable(&self, claims: &mut Claims) -> Result<(ReadTransaction, u64), StoreError> {
+        // Taken before the tables are read: what is appended in between lies beyond it, and is not counted as waiting yet.
+        let end = lock(&self.progress).next_position;
+        let read = self.db.begin_read()?;
+        // The watermark may have passed runs acknowledged in an earlier life: their rows no longer say so.
+        let watermark = read.open_table(MARKS)?.get(WATERMARK)?.map_or(0, |mark| mark.value());
+        claims.next = claims.next.max(watermark);
+        Ok((read, end.max(claims.next)))
+    }
+
+    /// Of one group before it nothing is kept: what is left of that was handed out, all of it, so its order is of no matter.
+    fn store_group(&self, group: &Range<u64>) -> Result<(), StoreError> {
+        let transaction = self.db.begin_write()?;
+        {
+            let mut marks = transaction.open_table(MARKS)?;
+            marks.insert(GROUP_START, group.start)?;
+            marks.insert(GROUP_END, group.end)?;
+        }
+        Ok(transaction.commit()?)
+    }
+}
+
+/// Whether nothing from the next entry on can have been handed out before in log order.
+fn is_settled(claims: &Claims, read: &ReadTransaction, max_outstanding: usize) -> Result<bool, StoreError> {
+    if claims.next >= claims.opened_at {
+        return Ok(true);
+    }
+    let are_blocked = !read.open_table(BLOCKED)?.is_empty()?;
+    let handed_out = max_outstanding as u64 * if are_blocked { BLOCKED_LANES } else { 1 };
+    Ok(claims.in_order >= handed_out)
+}
+
+fn stored_group(read: &ReadTransaction) -> Result<Option<Range<u64>>, StoreError> {
+    let marks = read.open_table(MARKS)?;
+    let mark = |name| Ok::<_, StoreError>(marks.get(name)?.map(|mark| mark.value()));
+    Ok(mark(GROUP_START)?.zip(mark(GROUP_END)?).map(|(start, end)| start..end))
+}
+
+/// As much of `backlog` as a group may hold.
+fn next_group(
+    read: &ReadTransaction,
+    backlog: Range<u64>,
+    at_most: Groups,
+) -> Result<Range<u64>, StoreError> {
+    let most = backlog.start..backlog.end.min(backlog.start + at_most.entries);
+    let mut bytes = 0;
+    for entry in log::entries(&read.open_table(EVENT_LOG)?, most.clone())? {
+        let (position, entry) = entry?;
+        bytes += entry.body.len();
+        if bytes > at_most.bytes {
+            return Ok(most.start..position.max(most.start + 1));
+        }
+    }
+    Ok(most)
+}
+
+fn unacknowledged(read: &ReadTransaction, positions: Range<u64>) -> Result<Vec<Claimed>, StoreError> {
+    let acknowledged = read.open_table(ACKNOWLEDGED)?;
+    let mut claimed = Vec::new();
+    for entry in log::entries(&read.open_table(EVENT_LOG)?, positions)? {
+        let (position, entry) = entry?;
+        if run_end(&acknowledged, position)?.is_none() {
+            claimed.push(Claimed { position, entry });
+        }
+    }
+    Ok(claimed)
+}

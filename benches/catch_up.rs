@@ -2,7 +2,8 @@
 //! and, before a node like a real one, until a Pub/Sub server has acknowledged all of it.
 //!
 //! The floor: the requests the relayer made, sent again by a bare client (as many at once as the relayer may) that
-//! throws the answers away. Beside it the least that could be asked, one `eth_getLogs` for everything. Once before a
+//! throws the answers away: all of them from the start, though which escrows there are, and which block is the last, is
+//! known only when others were answered; and each after those that were answered before it was asked. Beside it the least that could be asked, one `eth_getLogs` for everything. Once before a
 //! node that takes as long as a real one to find a log, and once before one that takes no time at all, where the floor
 //! is a copy in memory: there what counts is parsing the answers into alloy's `Log`.
 
@@ -70,9 +71,10 @@ fn compare(criterion: &mut Criterion, name: &str, time_a_log: Duration) {
         began.elapsed()
     };
     node.take_counts();
-    let requests = node.record(|| {
+    let conversation = node.record(|| {
         stored();
     });
+    let requests: Vec<Vec<u8>> = conversation.iter().map(|recorded| recorded.body.clone()).collect();
     ratios.say(format!("the relayer asks: {:?}", node.take_counts()));
     let concurrent = settings.rpc.max_concurrent.get();
     let fetch = |requests: &[Vec<u8>]| {
@@ -88,15 +90,22 @@ fn compare(criterion: &mut Criterion, name: &str, time_a_log: Duration) {
         began.elapsed()
     });
     ratios.measure("fetch_and_throw_away", || fetch(&requests));
+    ratios.measure("fetch_in_turn_and_throw_away", || {
+        let began = Instant::now();
+        runtime.block_on(naive::hold_again(&http, &url, &conversation, concurrent));
+        began.elapsed()
+    });
     ratios.measure("fetch_decode_commit", stored);
 
     if time_a_log > Duration::ZERO {
         ratios.measure("until_acknowledged", acknowledged);
         ratios.compare("fetch_decode_commit", "one_raw_get_logs", 1.5);
         ratios.compare("fetch_decode_commit", "fetch_and_throw_away", 1.5);
+        ratios.compare("fetch_decode_commit", "fetch_in_turn_and_throw_away", 1.5);
         ratios.compare("until_acknowledged", "one_raw_get_logs", 3.0);
     } else {
         ratios.relate("fetch_decode_commit", "one_raw_get_logs_parsed");
+        ratios.relate("fetch_decode_commit", "fetch_in_turn_and_throw_away");
     }
     ratios.finish();
 }

@@ -47,6 +47,8 @@ const RUN_MESSAGES: usize = 1000;
 const RUN_BYTES: usize = 8 << 20;
 /// Blocked lanes may hold this many times `sink.max_outstanding` messages before claiming stops.
 const BLOCKED_WINDOWS: usize = 10;
+/// That part of `sink.max_outstanding` is for what makes an escrow's messages complete.
+const COMPLETING: usize = 16;
 /// Until it is looked again whether something may be handed over.
 const UNPERMITTED: Duration = Duration::from_millis(200);
 
@@ -323,13 +325,14 @@ impl<S: Sink> Publisher<S> {
         if !self.has_more() || !self.has_room() {
             return Ok(());
         }
-        let room = self.window().saturating_sub(self.uncommitted()).clamp(1, RUN_MESSAGES);
+        let limit =
+            (self.window() - self.completing()).saturating_sub(self.uncommitted()).clamp(1, RUN_MESSAGES);
         // Where a lane is an escrow, what has piled up goes out escrow by escrow: many messages in one request.
         let by_escrow = self.ordering == config::Ordering::Escrow && !self.sink.is_sequential();
-        let max_outstanding = self.max_outstanding;
+        let (more, max_outstanding) = (self.completing(), self.max_outstanding);
         let claim = move |store: &Store| match by_escrow {
-            true => store.claim_by_escrow(room, max_outstanding),
-            false => store.claim(room),
+            true => store.claim_by_escrow(limit, more, max_outstanding),
+            false => store.claim(limit),
         };
         let claimed = on_disk(&self.store, claim).await?;
         for Claimed { position, entry } in claimed {
@@ -355,9 +358,14 @@ impl<S: Sink> Publisher<S> {
         self.max_outstanding + stuck.min(BLOCKED_WINDOWS * self.max_outstanding)
     }
 
+    /// How many of these are kept for what makes an escrow's messages complete.
+    fn completing(&self) -> usize {
+        self.max_outstanding / COMPLETING
+    }
+
     fn has_room(&mut self) -> bool {
         // Without blocked lanes the window is the same for all: no need to count.
-        let uncommitted = self.uncommitted();
+        let uncommitted = self.uncommitted() + self.completing();
         let room = uncommitted < self.max_outstanding || uncommitted < self.window();
         let full = !room && self.held >= (1 + BLOCKED_WINDOWS) * self.max_outstanding;
         if full && !std::mem::replace(&mut self.said_full, true) {

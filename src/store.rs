@@ -59,7 +59,7 @@ use crate::event::{BlockRef, Event};
 use crate::telemetry::metrics;
 use claims::Claims;
 use fork::{Fate, doomed, forget_final, log_end, newest_final};
-use lanes::Lanes;
+use lanes::{Lanes, Recent};
 use opening::{begin_life, builder, compare, create, migrate, open_error, read_life};
 use runs::{acknowledge, add_run, cut_runs};
 use schema::{
@@ -216,6 +216,8 @@ pub struct Store {
     writer: Mutex<()>,
     progress: Mutex<Progress>,
     registry: RwLock<Registry>,
+    /// Followed by whoever commits, under `writer`.
+    recent: Mutex<Recent>,
     late_reads: Mutex<BTreeMap<u64, LateRead>>,
     claims: Mutex<Claims>,
     waiting: AtomicU64,
@@ -304,6 +306,7 @@ impl Store {
             writer: Mutex::new(()),
             progress: Mutex::new(progress),
             registry: RwLock::new(registry),
+            recent: Mutex::default(),
             waiting: AtomicU64::new(waiting),
         })
     }
@@ -392,7 +395,7 @@ impl Store {
         let ended = ended.unwrap_or_default();
         let transaction = self.db.begin_write()?;
         let changed = {
-            let mut lanes = Lanes::open(&transaction, self.epoch)?;
+            let mut lanes = Lanes::open(self, &transaction)?;
             for (escrow, block) in &stretch.announced {
                 lanes.discover(*escrow, *block)?;
             }
@@ -463,7 +466,7 @@ impl Store {
                 return Err(StoreError::ForkBelowFinality { block });
             }
             let log_end = log_end(&blocks, ancestor)?;
-            let mut lanes = Lanes::open(&transaction, self.epoch)?;
+            let mut lanes = Lanes::open(self, &transaction)?;
             let mut log = transaction.open_table(EVENT_LOG)?;
             let doomed = doomed(&log, log_end, above, claims.seen_below.max(claims.next))?;
             let messages = doomed.iter().filter(|(_, _, fate)| *fate == Fate::Retract).count() as u64;
@@ -511,6 +514,7 @@ impl Store {
 
     /// Follows a commit in memory. `gone`: entries that no longer wait.
     fn moved(&self, progress: Progress, changed: HashMap<Address, Option<Escrow>>, gone: u64) {
+        lock(&self.recent).follow(&changed);
         let mut registry = self.registry.write().expect("a registry writer panicked");
         for (address, escrow) in changed {
             registry.set(address, escrow.as_ref());

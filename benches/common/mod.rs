@@ -25,6 +25,10 @@ use tokio::runtime::Runtime;
 use broker::Broker;
 use node::Node;
 
+/// The program's: it counts on both sides of a ratio.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// The round trip to the node where one is not free.
 pub const FAR: Duration = Duration::from_millis(20);
 pub const NEAR: Duration = Duration::ZERO;

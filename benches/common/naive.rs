@@ -3,11 +3,15 @@
 
 use alloy::primitives::{Address, B256};
 use alloy::rpc::types::Log;
+use futures_util::future::join_all;
 use futures_util::stream::{self, StreamExt};
 use serde::Deserialize;
 use serde_json::json;
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
 
 use super::events::{APPROVED, DEPLOYED, FACTORY, REFUNDED, RELEASED, escrow, topic};
+use super::node::Recorded;
 
 /// The requests of one poll.
 pub fn requests(escrows: usize, from: u64, to: u64) -> Vec<Vec<u8>> {
@@ -53,4 +57,20 @@ pub async fn fetch(http: &reqwest::Client, url: &str, requests: &[Vec<u8>], conc
         while answer.chunk().await.expect("to the end").is_some() {}
     });
     answers.buffer_unordered(concurrent).collect::<()>().await;
+}
+
+/// Holds a conversation once more, so many requests at once, and throws the answers away. Each request waits for what was
+/// answered before it the first time: what they ask for is known only then.
+pub async fn hold_again(http: &reqwest::Client, url: &str, conversation: &[Recorded], concurrent: usize) {
+    let answered: Vec<CancellationToken> = conversation.iter().map(|_| CancellationToken::new()).collect();
+    let (answered, room) = (&answered, &Semaphore::new(concurrent));
+    let requests = conversation.iter().enumerate().map(|(place, recorded)| async move {
+        for earlier in &recorded.after {
+            answered[*earlier].cancelled().await;
+        }
+        let _room = room.acquire().await.expect("nobody closes it");
+        fetch(http, url, std::slice::from_ref(&recorded.body), 1).await;
+        answered[place].cancel();
+    });
+    join_all(requests).await;
 }

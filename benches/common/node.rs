@@ -49,8 +49,17 @@ struct Shared {
     get_logs: AtomicUsize,
     /// The header announced last.
     announced: watch::Sender<String>,
-    /// The bodies of requests, while they are wanted.
-    recorded: Mutex<Option<Vec<Vec<u8>>>>,
+    /// The requests, while they are wanted.
+    recorded: Mutex<Option<Vec<Recorded>>>,
+}
+
+/// A request of a conversation.
+#[derive(Clone, Debug)]
+pub struct Recorded {
+    pub body: Vec<u8>,
+    /// Which ones were answered before it came: it may say what it was told by them.
+    pub after: Vec<usize>,
+    answered: bool,
 }
 
 impl Node {
@@ -129,11 +138,11 @@ impl Node {
         Counts { requests: take(requests), calls: take(calls), get_logs: take(get_logs) }
     }
 
-    /// The bodies of the requests that `during` makes.
-    pub fn record(&self, during: impl FnOnce()) -> Vec<Vec<u8>> {
-        *self.shared.recorded.lock().expect("no panic while held") = Some(Vec::new());
+    /// The requests that `during` makes, in the order in which they come.
+    pub fn record(&self, during: impl FnOnce()) -> Vec<Recorded> {
+        *self.shared.recorded() = Some(Vec::new());
         during();
-        self.shared.recorded.lock().expect("no panic while held").take().expect("put there above")
+        self.shared.recorded().take().expect("put there above")
     }
 }
 
@@ -209,14 +218,12 @@ async fn connection(stream: TcpStream, shared: Arc<Shared>) -> Option<()> {
     let mut stream = BufReader::with_capacity(1 << 16, stream);
     loop {
         let body = read_request(&mut stream).await?;
+        let place = shared.came(&body);
         let (answer, logs) = shared.answer(&body);
         let latency = Duration::from_micros(shared.latency_micros.load(Ordering::Relaxed));
         let searching = Duration::from_nanos(shared.nanos_a_log.load(Ordering::Relaxed) * logs);
         if latency + searching > Duration::ZERO {
             tokio::time::sleep(latency + searching).await;
-        }
-        if let Some(recorded) = &mut *shared.recorded.lock().expect("no panic while held") {
-            recorded.push(body);
         }
         let head = format!(
             "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
@@ -224,6 +231,7 @@ async fn connection(stream: TcpStream, shared: Arc<Shared>) -> Option<()> {
         );
         stream.write_all(head.as_bytes()).await.ok()?;
         stream.write_all(answer.as_bytes()).await.ok()?;
+        shared.was_answered(place);
     }
 }
 
@@ -298,6 +306,25 @@ impl<T> Among<T> {
 }
 
 impl Shared {
+    fn recorded(&self) -> MutexGuard<'_, Option<Vec<Recorded>>> {
+        self.recorded.lock().expect("no panic while held")
+    }
+
+    /// Notes a request, if that is wanted; its place.
+    fn came(&self, body: &[u8]) -> Option<usize> {
+        let mut recorded = self.recorded();
+        let recorded = recorded.as_mut()?;
+        let after = (0..recorded.len()).filter(|place| recorded[*place].answered).collect();
+        recorded.push(Recorded { body: body.to_vec(), after, answered: false });
+        Some(recorded.len() - 1)
+    }
+
+    fn was_answered(&self, place: Option<usize>) {
+        if let (Some(recorded), Some(place)) = (&mut *self.recorded(), place) {
+            recorded[place].answered = true;
+        }
+    }
+
     fn chain(&self) -> MutexGuard<'_, Chain> {
         self.chain.lock().expect("no panic while held")
     }

@@ -135,7 +135,7 @@ impl Store {
             if let Some(blocks) = blocks {
                 take_run(&mut transaction.open_table(UNAUDITED)?, blocks.from(), blocks.to() + 1)?;
             }
-            let mut lanes = Lanes::open(&transaction, self.epoch)?;
+            let mut lanes = Lanes::open(self, &transaction)?;
             let read_on = !found.announced.is_empty() || !found.announced_earlier.is_empty();
             let id = match read_on {
                 true => {

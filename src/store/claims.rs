@@ -108,9 +108,15 @@ impl Store {
         claims.in_log_order(&read, limit, end)
     }
 
-    /// The same, but a backlog escrow by escrow. `max_outstanding`: what a process before can have handed over in log order
-    /// without an acknowledgement; so much is handed out in that order again before a group is made.
-    pub fn claim_by_escrow(&self, limit: usize, max_outstanding: usize) -> Result<Vec<Claimed>, StoreError> {
+    /// The same, but a backlog escrow by escrow, and then at most `more` entries that make the last escrow's complete.
+    /// `max_outstanding`: what a process before can have handed over in log order without an acknowledgement; so much is
+    /// handed out in that order again before a group is made.
+    pub fn claim_by_escrow(
+        &self,
+        limit: usize,
+        more: usize,
+        max_outstanding: usize,
+    ) -> Result<Vec<Claimed>, StoreError> {
         let mut claims = lock(&self.claims);
         while claims.group.is_empty() {
             let (read, end) = self.claimable(&mut claims)?;
@@ -135,8 +141,12 @@ impl Store {
                 return Ok(claimed);
             }
         }
-        let count = limit.min(claims.group.len());
-        Ok(claims.group.drain(..count).collect())
+        let group = &mut claims.group;
+        let escrow = |place: usize| group.get(place).map(|claimed| claimed.entry.escrow);
+        let (last, rest) = (escrow(limit.saturating_sub(1)), (limit..).take(more));
+        let complete = rest.take_while(|place| last.is_some() && escrow(*place) == last).count();
+        let count = (limit + complete).min(group.len());
+        Ok(group.drain(..count).collect())
     }
 
     /// Whether every entry has been handed out.

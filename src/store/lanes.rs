@@ -1,27 +1,54 @@
 //! Numbering: the escrows one transaction touches, and the entries of their lanes.
 
 use std::collections::HashMap;
+use std::sync::MutexGuard;
 
 use alloy::primitives::{Address, B256};
 use redb::{ReadableTable, Table, WriteTransaction};
 
-use super::StoreError;
 use super::opening::now_micros;
 use super::schema::{Entry, Escrow, EscrowState, Kind, REGISTRY};
+use super::{Store, StoreError, lock};
 use crate::event::{BlockRef, Event, Retraction, event_id};
+
+/// Rows of the registry that were written lately, as they stand: an escrow's events come together, and to read a row again
+/// costs as much as to write it.
+#[derive(Debug, Default)]
+pub(super) struct Recent(HashMap<Address, Escrow>);
+
+/// How many of them, at most.
+const RECENT: usize = 16_384;
+
+impl Recent {
+    /// Follows a commit.
+    pub fn follow(&mut self, changed: &HashMap<Address, Option<Escrow>>) {
+        if self.0.len() + changed.len() > RECENT {
+            self.0.clear();
+        }
+        for (address, row) in changed {
+            match row {
+                Some(escrow) if self.0.len() < RECENT => drop(self.0.insert(*address, escrow.clone())),
+                // One that stayed behind would be wrong.
+                Some(_) | None => drop(self.0.remove(address)),
+            }
+        }
+    }
+}
 
 /// The escrows touched by one transaction: read once, numbered on, written once.
 pub(super) struct Lanes<'txn> {
     table: Table<'txn, &'static [u8; 20], &'static [u8]>,
+    recent: MutexGuard<'txn, Recent>,
     touched: HashMap<Address, Option<Escrow>>,
     epoch: u64,
     now: u64,
 }
 
 impl<'txn> Lanes<'txn> {
-    pub fn open(transaction: &'txn WriteTransaction, epoch: u64) -> Result<Self, StoreError> {
-        let table = transaction.open_table(REGISTRY)?;
-        Ok(Self { table, touched: HashMap::new(), epoch, now: now_micros() / 1_000_000 })
+    pub fn open(store: &'txn Store, transaction: &'txn WriteTransaction) -> Result<Self, StoreError> {
+        let (table, recent) = (transaction.open_table(REGISTRY)?, lock(&store.recent));
+        let (epoch, now) = (store.epoch, now_micros() / 1_000_000);
+        Ok(Self { table, recent, touched: HashMap::new(), epoch, now })
     }
 
     fn touch(&mut self, address: Address) -> Result<&mut Option<Escrow>, StoreError> {
@@ -29,6 +56,9 @@ impl<'txn> Lanes<'txn> {
         match self.touched.entry(address) {
             Entry::Occupied(occupied) => Ok(occupied.into_mut()),
             Entry::Vacant(vacant) => {
+                if let Some(escrow) = self.recent.0.get(&address) {
+                    return Ok(vacant.insert(Some(escrow.clone())));
+                }
                 let row = self.table.get(&*address.0)?;
                 let escrow = row.map(|row| Escrow::decode(row.value())).transpose()?;
                 Ok(vacant.insert(escrow))

@@ -179,7 +179,7 @@ impl Store {
         let mut progress = lock(&self.progress).clone();
         let transaction = self.db.begin_write()?;
         let (changed, done) = {
-            let mut lanes = Lanes::open(&transaction, self.epoch)?;
+            let mut lanes = Lanes::open(self, &transaction)?;
             put_late(&transaction, &mut lanes, &mut progress, id, stretch)?;
             read.next = stretch.next;
             let registry = self.registry();
@@ -247,7 +247,7 @@ impl Store {
         let changed = {
             let read = LateRead { signatures: Vec::new(), next: from, to: 0 };
             let id = append(&mut transaction.open_table(LATE_READS)?, &read)?;
-            let mut lanes = Lanes::open(&transaction, self.epoch)?;
+            let mut lanes = Lanes::open(self, &transaction)?;
             for escrow in escrows {
                 if lanes.join(*escrow, block, id)? {
                     new += 1;

@@ -116,7 +116,7 @@ impl Store {
             }
         }
         let (changed, new) = {
-            let mut lanes = Lanes::open(&transaction, self.epoch)?;
+            let mut lanes = Lanes::open(self, &transaction)?;
             let read = LateRead { signatures: Vec::new(), next: found.next, to: 0 };
             let read_on = !found.announced.is_empty() || !found.announced_earlier.is_empty();
             let id = match read_on {

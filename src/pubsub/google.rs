@@ -19,8 +19,10 @@ use super::SetupError;
 use crate::config::{self, SinkKind};
 use crate::publish::{Message, Receipt, Sink, SinkError};
 
-/// How long the library gathers messages into one request, where these do not fill it.
+/// How long the library gathers messages into one request, where it cannot know that it has all of them.
 const GATHER: Duration = Duration::from_millis(1);
+/// The same where it sends when it has so many as there are: a shorter time would part them when the machine is busy.
+const WHOLE: Duration = Duration::from_secs(1);
 const REQUEST_MESSAGES: u32 = 1000;
 /// Bytes of a request: servers built on gRPC's default refuse more than 4 MB.
 const REQUEST_BYTES: u32 = 3_000_000;
@@ -74,17 +76,21 @@ impl GooglePubSub {
         }
     }
 
-    /// Who publishes a run of so many messages.
+    /// Who publishes a run.
     ///
     /// With a key each run has a publisher of its own: it sends when it has the whole run, and nothing of a run before, least
     /// of all that its key is paused, is left in it. A lane has one run under way at a time, so a key never lives in two of
     /// them at once. Kept, the library would have a task for every key it has ever seen, 14 KB each.
-    fn publisher_for(&self, key: &str, messages: usize) -> Publisher {
+    fn publisher_for(&self, run: &[Arc<Message>]) -> Publisher {
         let client = lock(&self.client);
-        match (key, messages) {
-            ("", 2..) => client.gathering.clone(),
+        let bytes: usize = run.iter().map(|message| message.size()).sum();
+        match run {
             // What comes alone must not wait for company.
-            _ => publisher(&client.base, &self.topic, messages as u32),
+            [first, _, ..] if first.ordering_key.is_empty() => client.gathering.clone(),
+            _ if bytes < REQUEST_BYTES as usize - self.topic.len() => {
+                publisher(&client.base, &self.topic, run.len() as u32, WHOLE)
+            }
+            _ => publisher(&client.base, &self.topic, REQUEST_MESSAGES, GATHER),
         }
     }
 
@@ -97,15 +103,15 @@ impl GooglePubSub {
 
 impl Client {
     fn new(base: BasePublisher, topic: &str) -> Self {
-        let gathering = publisher(&base, topic, REQUEST_MESSAGES);
+        let gathering = publisher(&base, topic, REQUEST_MESSAGES, GATHER);
         Self { base, gathering }
     }
 }
 
-/// Sends when it has so many messages.
-fn publisher(base: &BasePublisher, topic: &str, messages: u32) -> Publisher {
-    let builder = base.publisher(topic).set_message_count_threshold(messages.min(REQUEST_MESSAGES));
-    builder.set_byte_threshold(REQUEST_BYTES).set_delay_threshold(GATHER).build()
+/// Sends when it has so many messages, or a request is full, or has gathered long enough.
+fn publisher(base: &BasePublisher, topic: &str, messages: u32, gather: Duration) -> Publisher {
+    let builder = base.publisher(topic).set_message_count_threshold(messages);
+    builder.set_byte_threshold(REQUEST_BYTES).set_delay_threshold(gather).build()
 }
 
 async fn client(
@@ -145,7 +151,7 @@ impl Sink for GooglePubSub {
             return Receipt { acknowledged: 0, failure: Some(SinkError::Refused(reason)) };
         }
         self.replace_failing_client().await;
-        let publisher = self.publisher_for(&run[0].ordering_key, fitting);
+        let publisher = self.publisher_for(&run[..fitting]);
         let sent = run[..fitting].iter().map(|message| publisher.publish(wire(message)));
         // All of them: nothing may be under way when the run is tried again.
         let results = join_all(sent).await;

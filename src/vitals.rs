@@ -118,6 +118,8 @@ pub struct Facts {
     pub publishing_stopped: bool,
     /// Lanes whose first message is refused.
     pub blocked: BTreeMap<String, BlockedLane>,
+    /// Of so many entries of the log nothing is left to publish but what blocked lanes hold up.
+    pub all_blocked_upto: Option<u64>,
     /// What the audit came to.
     pub audited: Audited,
     /// The last faults, the newest first.
@@ -237,6 +239,11 @@ impl Vitals {
     /// Whether blocked lanes hold as much as may be held.
     pub fn publishing_stopped(&self, stopped: bool) {
         self.facts().publishing_stopped = stopped;
+    }
+
+    /// Of so many entries nothing is left to publish but what blocked lanes hold up; `None`: there is.
+    pub fn all_blocked_upto(&self, entries: Option<u64>) {
+        self.facts().all_blocked_upto = entries;
     }
 
     /// The first message of a lane is refused.

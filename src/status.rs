@@ -94,6 +94,8 @@ pub struct ChainStatus {
     pub lag_blocks: Option<u64>,
     /// Reading stands still, because a fork would withdraw more messages than may be withdrawn.
     pub retractions_stopped: bool,
+    /// There is no contract at the factory's address: nothing is read before there is one.
+    pub factory_without_code: bool,
 }
 
 /// One block of one fork.
@@ -211,6 +213,7 @@ impl Status {
                 finalized: None,
                 lag_blocks: None,
                 retractions_stopped: false,
+                factory_without_code: false,
             },
             escrows: None,
             events: None,
@@ -258,6 +261,7 @@ impl Status {
         chain.head_age_seconds = facts.head.map(|head| head.seen.elapsed().as_secs());
         chain.horizon = facts.horizon;
         chain.retractions_stopped = facts.retractions_stopped;
+        chain.factory_without_code = facts.factory_without_code;
         self.sink.outage_since = facts.outage_since;
         self.sink.blocked_lanes = Some(facts.blocked.len());
         self.sink.blocked = facts.blocked.into_values().take(BLOCKED).collect();

@@ -110,6 +110,8 @@ pub struct Facts {
     pub head: Option<Head>,
     /// The highest block that may be read now.
     pub horizon: Option<u64>,
+    /// There is no contract at the factory's address.
+    pub factory_without_code: bool,
     /// A fork waits because it would withdraw more than may be withdrawn.
     pub retractions_stopped: bool,
     /// Since when the sink answers nobody, in seconds since 1970.
@@ -223,6 +225,11 @@ impl Vitals {
     /// Blocks up to this one may be read.
     pub fn may_read_upto(&self, horizon: u64) {
         self.facts().horizon = Some(horizon);
+    }
+
+    /// Whether there is no contract at the factory's address.
+    pub fn factory_without_code(&self, without: bool) {
+        self.facts().factory_without_code = without;
     }
 
     /// Whether a fork waits because it would withdraw too much.

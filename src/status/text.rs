@@ -54,6 +54,9 @@ impl Status {
         if let Some(finalized) = chain.finalized {
             writeln!(f, "finalized   block {finalized}")?;
         }
+        if chain.factory_without_code {
+            writeln!(f, "            the factory has no code: nothing is read before there is a contract")?;
+        }
         if chain.retractions_stopped {
             writeln!(f, "            a fork would withdraw too many messages: reading stands still")?;
         }

@@ -107,9 +107,7 @@ impl Keeper {
         path: &Path,
         identity: &Identity,
     ) -> Result<(), SnapshotError> {
-        let (path, identity) = (path.to_owned(), identity.clone());
-        let restored = joined(spawn_blocking(move || snapshots.restore(&path, &identity, None)).await)?;
-        match restored {
+        match snapshots.restore(path, identity, None).await? {
             Some(manifest) => info!(
                 snapshot = %manifest.file(),
                 made_at = %manifest.made_at,

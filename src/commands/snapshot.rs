@@ -151,8 +151,7 @@ async fn restore(config: &Config, file: Option<&str>) -> Result<(), Failure> {
     let signatures = relayer::signatures(config).map_err(|error| usage(anyhow!("{error}")))?;
     let identity = relayer::identity(config, &signatures);
     let mut keeper = leased(config, false).await?;
-    let (to, file) = (path.clone(), file.map(str::to_owned));
-    let restoring = tokio::task::spawn_blocking(move || snapshots.restore(&to, &identity, file.as_deref()));
+    let restoring = snapshots.restore(path, &identity, file);
     let stop = CancellationToken::new();
     let restored = tokio::select! {
         restored = keeper.during(restoring, &stop) => restored,
@@ -163,7 +162,7 @@ async fn restore(config: &Config, file: Option<&str>) -> Result<(), Failure> {
     };
     keeper.release().await;
     let restored = restored.map_err(anyhow::Error::from)?.expect("nobody stops it");
-    let restored = restored.map_err(anyhow::Error::from)?.map_err(failure)?;
+    let restored = restored.map_err(failure)?;
     let manifest = restored.ok_or_else(|| anyhow!("there is no snapshot in storage.snapshot_dir yet"))?;
     let (file, made_at, path) = (manifest.file(), manifest.made_at, path.display());
     let next =

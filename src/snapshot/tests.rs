@@ -101,9 +101,9 @@ impl Volume for Bucket {
     }
 }
 
-fn snapshots() -> (Arc<Bucket>, Snapshots<Bucket>) {
+fn snapshots() -> (Arc<Bucket>, Arc<Snapshots<Bucket>>) {
     let bucket = Arc::new(Bucket::default());
-    (Arc::clone(&bucket), Snapshots::new(bucket))
+    (Arc::clone(&bucket), Arc::new(Snapshots::new(bucket)))
 }
 
 /// A store with a little of everything in it, and how it goes on.
@@ -148,10 +148,20 @@ struct Restored {
     _folder: tempfile::TempDir,
 }
 
-fn restored(snapshots: &Snapshots<Bucket>) -> Result<Option<Restored>, SnapshotError> {
+/// Pauses between attempts take no time.
+fn restore(
+    snapshots: &Arc<Snapshots<Bucket>>,
+    path: &Path,
+    identity: &Identity,
+) -> Result<Option<Manifest>, SnapshotError> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
+    runtime.unwrap().block_on(snapshots.restore(path, identity, None))
+}
+
+fn restored(snapshots: &Arc<Snapshots<Bucket>>) -> Result<Option<Restored>, SnapshotError> {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("relayer.redb");
-    let made = snapshots.restore(&path, &identity(), None);
+    let made = restore(snapshots, &path, &identity());
     assert_eq!(path.exists(), matches!(made, Ok(Some(_))), "a store is there exactly if it was restored");
     let Some(manifest) = made? else { return Ok(None) };
     let store = Store::open(&path, identity(), None, Added::Leave).unwrap();
@@ -255,7 +265,7 @@ fn a_store_is_not_put_in_the_place_of_one_that_came_to_be_meanwhile() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("relayer.redb");
     fs::write(&path, "another's").unwrap();
-    assert!(snapshots.restore(&path, &identity(), None).is_err());
+    assert!(restore(&snapshots, &path, &identity()).is_err());
     assert_eq!(fs::read_to_string(&path).unwrap(), "another's");
 }
 
@@ -302,7 +312,7 @@ fn of_damaged_snapshots_the_newest_that_is_whole_is_restored() {
         ("a part that cannot be read", |bucket, it| {
             // More often than it is tried.
             let file: &'static str = changed_part(it).leak();
-            bucket.fails(file, &[Fault::Stale; 9]);
+            bucket.fails(file, &[Fault::Stale; 99]);
         }),
     ];
     for (what, damage) in table {
@@ -366,6 +376,21 @@ fn a_handle_that_goes_stale_is_opened_again() {
 }
 
 #[test]
+fn a_snapshot_that_cannot_be_read_for_a_while_is_waited_for_before_an_older_one_is_taken() {
+    let kinds: [fn(&Manifest) -> String; 2] = [Manifest::file, changed_part];
+    for file in kinds {
+        let (bucket, snapshots) = snapshots();
+        let store = lived();
+        snapshots.create(&store, None).unwrap();
+        go_on(&store, 6);
+        let newer = snapshots.create(&store, None).unwrap();
+        bucket.fails(file(&newer).leak(), &[Fault::Stale; 7]);
+        let Restored { store: again, manifest, .. } = restored(&snapshots).unwrap().unwrap();
+        assert_eq!((manifest.number, rows(&again)), (newer.number, rows(&store)), "{}", file(&newer));
+    }
+}
+
+#[test]
 fn one_that_would_be_late_is_not_announced() {
     let (bucket, snapshots) = snapshots();
     let refused = snapshots.create(&lived(), Some(Instant::now()));
@@ -406,7 +431,7 @@ fn a_snapshot_of_another_relay_is_refused_and_both_are_named() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("relayer.redb");
     let other = Identity { chain_id: 5, ..identity() };
-    let refused = snapshots.restore(&path, &other, None).unwrap_err();
+    let refused = restore(&snapshots, &path, &other).unwrap_err();
     assert!(refused.is_configuration());
     let text = refused.to_string();
     assert!(text.contains("snapshot-000000000001.json") && text.contains("configuration 5"), "{text}");

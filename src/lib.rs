@@ -172,17 +172,19 @@ impl Relay {
         observer: Arc<Observer>,
         stop: &CancellationToken,
     ) -> Result<Option<Self>, RelayError> {
-        let signatures = signatures(&config)?;
+        let signatures = Arc::new(signatures(&config)?);
         let identity = identity(&config, &signatures);
-        let opened = open_store(&config, identity, added, observer.vitals(), stop).await?;
+        let rpc = Arc::new(Rpc::new(config.chain.id, &config.rpc)?);
+        let standing_by = |store: &Arc<Store>| {
+            let (signatures, store, rpc) = (Arc::clone(&signatures), Arc::clone(store), Arc::clone(&rpc));
+            Desk::standing_by(config.clone(), signatures, store, rpc, Arc::clone(&observer))
+        };
+        let opened = open_store(&config, identity, added, observer.vitals(), standing_by, stop).await?;
         let Some((store, keeper)) = opened else {
             return Ok(None);
         };
-        let store = Arc::new(store);
-        let rpc = Arc::new(Rpc::new(config.chain.id, &config.rpc)?);
         let sink = Arc::new(ConfiguredSink::open(&config.sink).await?);
         observer.opened(&store, &rpc);
-        let signatures = Arc::new(signatures);
         Ok(Some(Self { config, signatures, store, rpc, sink, observer, keeper }))
     }
 
@@ -355,19 +357,21 @@ async fn joined<T>(task: JoinHandle<T>) -> T {
 }
 
 /// The store, and who keeps the lease and makes snapshots of it, if there is a folder for that. `None`: asked to stop while
-/// standing by.
+/// standing by; who asks something of a store that is there is answered by `standing_by` meanwhile.
 async fn open_store(
     config: &Config,
     identity: Identity,
     added: Added,
     vitals: &Vitals,
+    standing_by: impl FnOnce(&Arc<Store>) -> Desk,
     stop: &CancellationToken,
-) -> Result<Option<(Store, Option<Keeper>)>, RelayError> {
+) -> Result<Option<(Arc<Store>, Option<Keeper>)>, RelayError> {
     let (storage, start_block) = (&config.storage, config.chain.start_block);
     // Off the async threads: it may have to repair or to migrate.
-    let open = |identity| {
+    let open = async |identity| {
         let path = storage.path.clone();
-        joined(tokio::task::spawn_blocking(move || Store::open(&path, identity, start_block, added)))
+        let opening = move || Store::open(&path, identity, start_block, added);
+        joined(tokio::task::spawn_blocking(opening)).await.map(Arc::new)
     };
     let Some(folder) = &storage.snapshot_dir else {
         return Ok(Some((open(identity).await?, None)));
@@ -386,9 +390,11 @@ async fn open_store(
     if let Some(store) = &existing {
         is_newest(Arc::clone(&snapshots), store, path).await?;
     }
+    let answering = existing.as_ref().and_then(|store| control::serve(path, standing_by(store)));
     let Some(mut keeper) = Keeper::begin(storage, folder, existing.is_some(), vitals, stop).await else {
         return Ok(None);
     };
+    drop(answering);
     let opening = async {
         let store = match existing {
             Some(store) => store,
@@ -401,7 +407,7 @@ async fn open_store(
             }
         };
         is_newest(snapshots, &store, path).await?;
-        Ok::<Store, RelayError>(store)
+        Ok::<Arc<Store>, RelayError>(store)
     };
     match keeper.during(opening, stop).await? {
         Some(Ok(store)) => {

@@ -29,6 +29,8 @@ pub struct Status {
     pub version: String,
     /// How far the relayer is.
     pub phase: Phase,
+    /// While it stands by: who holds the lease.
+    pub lease_holder: Option<String>,
     /// When this was so, in seconds since 1970.
     pub at: u64,
     /// How long the relayer has been running.
@@ -200,6 +202,7 @@ impl Status {
         Self {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             phase: Phase::Starting,
+            lease_holder: None,
             at: unix_seconds(),
             uptime_seconds: None,
             chain: ChainStatus {
@@ -256,6 +259,7 @@ impl Status {
     }
 
     fn tell(&mut self, facts: Facts) {
+        self.lease_holder = facts.lease_holder;
         let chain = &mut self.chain;
         chain.head = facts.head.map(|head| head.number);
         chain.head_age_seconds = facts.head.map(|head| head.seen.elapsed().as_secs());
@@ -372,6 +376,12 @@ impl Observer {
             (Stage::Stopping, _) => Phase::Stopping,
         };
         Ok(status)
+    }
+
+    /// The same of one that stands by, with the store that it will go on from unless another instance does before.
+    pub fn standby_status(&self, store: &Store) -> Result<Status, StoreError> {
+        let Status { chain, escrows, events, late_reads, .. } = Status::of_store(store)?;
+        Ok(Status { chain, escrows, events, late_reads, ..self.status()? })
     }
 }
 

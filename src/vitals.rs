@@ -106,6 +106,8 @@ pub struct Fault {
 pub struct Facts {
     /// How far the relayer is in its own life.
     pub stage: Stage,
+    /// While it stands by: who holds the lease.
+    pub lease_holder: Option<String>,
     /// The newest block the node has shown.
     pub head: Option<Head>,
     /// The highest block that may be read now.
@@ -214,7 +216,16 @@ impl Vitals {
 
     /// The relayer has come so far.
     pub fn entered(&self, stage: Stage) {
-        self.facts().stage = stage;
+        let mut facts = self.facts();
+        facts.stage = stage;
+        facts.lease_holder = None;
+    }
+
+    /// It stands by: that one holds the lease.
+    pub fn stands_by(&self, holder: String) {
+        let mut facts = self.facts();
+        facts.stage = Stage::Standby;
+        facts.lease_holder = Some(holder);
     }
 
     /// The node showed its head.

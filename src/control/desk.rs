@@ -11,6 +11,7 @@ use super::rows::{EscrowRow, FindingRow, Imported, RegistryRow, SnapshotRow, Ver
 use super::{IMPORTED_AT_ONCE, PAGE, Progress, Refusal, Replies, Request};
 use crate::config::Config;
 use crate::event::{BlockRange, Signatures};
+use crate::permit::Permit;
 use crate::publish::Order;
 use crate::rpc::Rpc;
 use crate::scan::{Difference, Finding, Verifier};
@@ -26,13 +27,19 @@ pub struct Desk {
     pub(super) rpc: Arc<Rpc>,
     /// Where snapshots go.
     snapshots: Option<Arc<Snapshots<Folder>>>,
-    /// The relayer at work; `None`: none runs on this store.
-    relaying: Option<Relaying>,
+    /// While it holds something may be published from here.
+    pub(super) permit: Arc<Permit>,
+    company: Company,
 }
 
-struct Relaying {
-    orders: mpsc::Sender<Order>,
-    observer: Arc<Observer>,
+/// Whose store it is.
+enum Company {
+    /// No relayer's that runs.
+    Nobody,
+    /// That of a relayer at work.
+    Relaying { orders: mpsc::Sender<Order>, observer: Arc<Observer> },
+    /// That of one that waits for the lease: another instance may be at work.
+    Standby { observer: Arc<Observer> },
 }
 
 impl Desk {
@@ -45,19 +52,39 @@ impl Desk {
         orders: mpsc::Sender<Order>,
         observer: Arc<Observer>,
     ) -> Self {
-        Self {
-            config,
-            signatures,
-            store,
-            rpc,
-            snapshots: None,
-            relaying: Some(Relaying { orders, observer }),
-        }
+        Self::of(config, signatures, store, rpc, Company::Relaying { orders, observer })
+    }
+
+    /// Of a relayer that waits for the lease, and will go on from this store: one can look.
+    pub fn standing_by(
+        config: Config,
+        signatures: Arc<Signatures>,
+        store: Arc<Store>,
+        rpc: Arc<Rpc>,
+        observer: Arc<Observer>,
+    ) -> Self {
+        Self::of(config, signatures, store, rpc, Company::Standby { observer })
+    }
+
+    fn of(
+        config: Config,
+        signatures: Arc<Signatures>,
+        store: Arc<Store>,
+        rpc: Arc<Rpc>,
+        company: Company,
+    ) -> Self {
+        let permit = Arc::new(Permit::forever());
+        Self { config, signatures, store, rpc, snapshots: None, permit, company }
     }
 
     /// Makes snapshots there, when asked to.
     pub fn with_snapshots(self, snapshots: &Arc<Snapshots<Folder>>) -> Self {
         Self { snapshots: Some(Arc::clone(snapshots)), ..self }
+    }
+
+    /// Publishes only while that permit holds.
+    pub fn permitted_by(self, permit: Arc<Permit>) -> Self {
+        Self { permit, ..self }
     }
 
     /// The store.
@@ -72,16 +99,35 @@ impl Desk {
         store: Arc<Store>,
     ) -> Result<Self, reqwest::Error> {
         let rpc = Arc::new(Rpc::new(config.chain.id, &config.rpc)?);
-        Ok(Self { config, signatures, store, rpc, snapshots: None, relaying: None })
+        Ok(Self::of(config, signatures, store, rpc, Company::Nobody))
     }
 
     /// The publisher at work.
     pub(super) fn orders(&self) -> Option<&mpsc::Sender<Order>> {
-        self.relaying.as_ref().map(|relaying| &relaying.orders)
+        match &self.company {
+            Company::Relaying { orders, .. } => Some(orders),
+            Company::Nobody | Company::Standby { .. } => None,
+        }
+    }
+
+    /// Whether that may be done here: not beside one that stands by, if it publishes or changes something.
+    fn is_permitted(&self, request: &Request) -> Result<(), Refusal> {
+        let observer = match &self.company {
+            Company::Standby { observer } if request.changes() => observer,
+            Company::Standby { .. } | Company::Nobody | Company::Relaying { .. } => return Ok(()),
+        };
+        Err(Refusal::fault(match observer.vitals().now_known().lease_holder {
+            Some(holder) => format!(
+                "the relayer here stands by, as another instance holds the lease in storage.snapshot_dir ({holder}): run it \
+                 there, beside that relayer, or stop both first"
+            ),
+            None => "the relayer here is starting: try again in a moment".to_owned(),
+        }))
     }
 
     /// Answers one request. Dropped in the middle, it leaves nothing half done.
     pub(super) async fn answer(&self, request: Request, to: &Replies) -> Result<(), Refusal> {
+        self.is_permitted(&request)?;
         match request {
             Request::Status => self.status(to).await,
             Request::Escrows => self.escrows(to).await,
@@ -105,12 +151,16 @@ impl Desk {
     }
 
     async fn status(&self, to: &Replies) -> Result<(), Refusal> {
-        let status = match &self.relaying {
-            Some(Relaying { observer, .. }) => {
+        let status = match &self.company {
+            Company::Relaying { observer, .. } => {
                 let observer = Arc::clone(observer);
                 self.on_disk(move |_| observer.status()).await?
             }
-            None => self.on_disk(Status::of_store).await?,
+            Company::Standby { observer } => {
+                let observer = Arc::clone(observer);
+                self.on_disk(move |store| observer.standby_status(store)).await?
+            }
+            Company::Nobody => self.on_disk(Status::of_store).await?,
         };
         to.row(&status).await
     }
@@ -145,7 +195,7 @@ impl Desk {
         if from > next_block {
             return Err(too_far);
         }
-        let running = self.relaying.is_some();
+        let running = self.orders().is_some();
         let imported = self
             .on_disk(move |store| match running {
                 true => store.import_beside(&escrows, from),

@@ -135,6 +135,7 @@ mod tests {
         Status {
             version: "1.0.0".into(),
             phase: Phase::Following,
+            lease_holder: None,
             at: 1_000_000,
             uptime_seconds: Some(60),
             chain: ChainStatus {

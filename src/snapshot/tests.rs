@@ -8,7 +8,7 @@ use std::sync::Mutex;
 
 use alloy::primitives::Address;
 
-use super::lease::{Lease, Lost};
+use super::lease::{Lease, Lost, NotTaken, Wait};
 use super::*;
 use crate::event::BlockRef;
 use crate::store::tests::{block, escrow, event, identity, memory, stretch};
@@ -479,7 +479,8 @@ const SECOND: Duration = Duration::from_secs(1);
 fn acquire(bucket: &Arc<Bucket>, name: &str) -> tokio::task::JoinHandle<Lease<Bucket>> {
     let (bucket, name) = (Arc::clone(bucket), name.to_owned());
     tokio::spawn(async move {
-        Lease::acquire(bucket, name, &Vitals::default(), &CancellationToken::new()).await.unwrap()
+        let (vitals, never) = (Vitals::default(), CancellationToken::new());
+        Lease::acquire(bucket, name, Wait::ForIt, &vitals, &never).await.unwrap().unwrap()
     })
 }
 
@@ -518,6 +519,46 @@ async fn the_lease_of_a_dead_holder_expires_and_its_permit_ends_before() {
     assert!(!permit.holds() && !second.is_finished());
     second.await.unwrap();
     assert!((20 * SECOND..30 * SECOND).contains(&died.elapsed()), "{:?}", died.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_waits_for_the_dead_alone_takes_their_lease_and_is_told_who_is_alive() {
+    let bucket: Arc<Bucket> = Arc::default();
+    let take = async || {
+        let (bucket, vitals, never) = (Arc::clone(&bucket), Vitals::default(), CancellationToken::new());
+        Lease::acquire(bucket, "command".to_owned(), Wait::ForTheDead, &vitals, &never).await
+    };
+    let mut first = acquire(&bucket, "first").await.unwrap();
+    let working = tokio::spawn(async move {
+        tokio::select! {
+            lost = first.keep() => panic!("{lost:?}"),
+            () = sleep(60 * SECOND) => {}
+        }
+    });
+    let Err(NotTaken::Held(by)) = take().await else { panic!("it is held") };
+    assert!(by.contains(&format!("process {}", std::process::id())), "{by}");
+    assert!(!working.is_finished());
+    // It dies at the end of that, and what it held expires.
+    working.await.unwrap();
+    assert!(take().await.unwrap().unwrap().permit().holds());
+    bucket.fails("lease.json", &[Fault::Stale]);
+    assert!(matches!(take().await, Err(NotTaken::Volume(_))), "nobody waits for a volume that fails");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lease_of_an_earlier_version_is_somebodys_too() {
+    let bucket: Arc<Bucket> = Arc::default();
+    let beating = Arc::clone(&bucket);
+    let beats = tokio::spawn(async move {
+        for beat in 1.. {
+            beating.write("lease.json", format!(r#"{{"holder":"ab12","beat":{beat}}}"#).as_bytes()).unwrap();
+            sleep(4 * SECOND).await;
+        }
+    });
+    let (vitals, never) = (Vitals::default(), CancellationToken::new());
+    let taken = Lease::acquire(bucket, "command".to_owned(), Wait::ForTheDead, &vitals, &never).await;
+    assert!(matches!(taken, Err(NotTaken::Held(by)) if by == "the instance ab12"));
+    beats.abort();
 }
 
 #[tokio::test(start_paused = true)]
@@ -599,7 +640,8 @@ async fn who_stops_while_it_waits_for_its_name_to_stay_leaves_no_name_behind() {
     let stop = CancellationToken::new();
     let (stopping, waiting) = (stop.clone(), Arc::clone(&bucket));
     let acquiring = tokio::spawn(async move {
-        Lease::acquire(waiting, "first".to_owned(), &Vitals::default(), &stopping).await.is_some()
+        let (name, vitals) = ("first".to_owned(), Vitals::default());
+        Lease::acquire(waiting, name, Wait::ForIt, &vitals, &stopping).await.unwrap().is_some()
     });
     sleep(2 * SECOND).await;
     stop.cancel();
@@ -631,8 +673,8 @@ fn however_instances_come_pause_and_go_no_two_hold_the_lease_at_once() {
         permits: Arc<Mutex<Vec<Arc<Permit>>>>,
     ) {
         sleep(comes * SECOND).await;
-        let Some(mut lease) =
-            Lease::acquire(bucket, name, &Vitals::default(), &CancellationToken::new()).await
+        let (vitals, never) = (Vitals::default(), CancellationToken::new());
+        let Some(mut lease) = Lease::acquire(bucket, name, Wait::ForIt, &vitals, &never).await.unwrap()
         else {
             return;
         };

@@ -28,6 +28,9 @@ impl fmt::Display for Status {
             Some(uptime) => writeln!(f, "relayer {}, {}, for {}", self.version, self.phase, span(uptime))?,
             None => writeln!(f, "relayer {}, {}: as its store has it", self.version, self.phase)?,
         }
+        if let Some(holder) = &self.lease_holder {
+            writeln!(f, "lease       {holder}: this one goes on when that ends")?;
+        }
         self.chain_lines(f)?;
         self.event_lines(f)?;
         self.sink_lines(f)?;

@@ -26,6 +26,7 @@ mod replay;
 mod rows;
 mod server;
 mod socket;
+mod verify;
 
 use alloy::primitives::Address;
 use serde::{Deserialize, Serialize};

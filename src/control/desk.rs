@@ -1,20 +1,18 @@
 //! Who answers: whoever has the store open.
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use alloy::primitives::Address;
 use tokio::sync::mpsc;
 use tracing::info;
 
-use super::rows::{EscrowRow, FindingRow, Imported, RegistryRow, SnapshotRow, VerifyRow};
-use super::{IMPORTED_AT_ONCE, PAGE, Progress, Refusal, Replies, Request};
+use super::rows::{EscrowRow, Imported, RegistryRow, SnapshotRow};
+use super::{IMPORTED_AT_ONCE, PAGE, Refusal, Replies, Request};
 use crate::config::Config;
 use crate::event::{BlockRange, Signatures};
 use crate::permit::Permit;
 use crate::publish::Order;
 use crate::rpc::Rpc;
-use crate::scan::{Difference, Finding, Verifier};
 use crate::snapshot::{Folder, Listed, Snapshots};
 use crate::status::{Observer, Status};
 use crate::store::{Store, StoreError, on_disk};
@@ -218,88 +216,9 @@ impl Desk {
         let manifest = made.map_err(|error| refuse(error.to_string()))?;
         to.row(&SnapshotRow::from(&Listed { file: manifest.file(), manifest: Ok(manifest) })).await
     }
-
-    async fn verify(&self, asked: BlockRange, to: &Replies) -> Result<(), Refusal> {
-        if let Some((_, read)) = self.store.late_read() {
-            return Err(Refusal::fault(format!(
-                "history is still being read once more, from block {} on, and what it has not reached would seem to be \
-                 missing: verify when that is done",
-                read.next
-            )));
-        }
-        let first = self.on_disk(|store| store.comparable_from()).await?;
-        let last = self.store.next_block().checked_sub(1);
-        let comparable = last.and_then(|last| BlockRange::new(asked.from().max(first), asked.to().min(last)));
-        let Some(blocks) = comparable else {
-            let what = match last.filter(|last| *last >= first) {
-                Some(last) => format!("blocks {first} to {last} can be"),
-                None => "no block was read yet".to_owned(),
-            };
-            return Err(Refusal::usage(format!("blocks {asked} cannot be compared: {what}")));
-        };
-        if blocks != asked {
-            let why = "earlier ones left no trace in this store, later ones were not read yet";
-            to.note(format!("Only blocks {blocks} of {asked} are compared: {why}")).await?;
-        }
-        let finalized = self.store.finalized();
-        let is_final = |block: u64| finalized.is_some_and(|finalized| block <= finalized);
-        if !is_final(blocks.to()) {
-            let upto = finalized.map_or("none is".to_owned(), |block| format!("up to {block}"));
-            to.note(format!("Not all blocks are final ({upto}): what is said of later ones is true for now"))
-                .await?;
-        }
-        let (chain, store, signatures) =
-            (Arc::clone(&self.rpc), Arc::clone(&self.store), Arc::clone(&self.signatures));
-        let mut verifier = Verifier::new(chain, store, signatures, &self.config, blocks);
-        let (mut events, mut extra, mut progress) = (0, BTreeSet::new(), Progress::new());
-        let refuse = |error: crate::scan::VerifyError| Refusal::fault(error.to_string());
-        while let Some(verified) = verifier.step().await.map_err(refuse)? {
-            events += verified.events as u64;
-            for finding in &verified.findings {
-                if finding.difference == Difference::Extra {
-                    extra.insert(finding.place);
-                }
-                to.row(&VerifyRow::Finding(finding_row(finding, is_final(finding.place.0)))).await?;
-            }
-            for escrow in &verified.unregistered {
-                to.row(&VerifyRow::Unregistered { escrow: format!("{escrow:#x}") }).await?;
-            }
-            let done = verified.blocks.to();
-            progress.tell(to, || format!("Compared up to block {done} of {}", blocks.to())).await?;
-        }
-        let unkept = self.on_disk(move |store| store.unkept(blocks)).await?;
-        for (block, log_index) in unkept.into_iter().filter(|place| !extra.contains(place)) {
-            let difference = "unkept".to_owned();
-            let (escrow, event, event_id) = (None, None, None);
-            let is_final = is_final(block);
-            let row = FindingRow { difference, block, log_index, escrow, event, event_id, is_final };
-            to.row(&VerifyRow::Finding(row)).await?;
-        }
-        let final_to = (!is_final(blocks.to())).then_some(finalized.unwrap_or(0));
-        to.row(&VerifyRow::Verified { blocks: blocks.blocks(), events, final_to }).await
-    }
 }
 
 fn range(from: u64, to: u64) -> Result<BlockRange, Refusal> {
     let empty = || Refusal::usage(format!("--from {from} --to {to}: the first block comes after the last"));
     BlockRange::new(from, to).ok_or_else(empty)
-}
-
-fn finding_row(finding: &Finding, is_final: bool) -> FindingRow {
-    let difference = match finding.difference {
-        Difference::Missing => "missing",
-        Difference::Extra => "extra",
-        Difference::Differs => "differs",
-        Difference::Undecodable => "undecodable",
-    };
-    let (block, log_index) = finding.place;
-    FindingRow {
-        difference: difference.to_owned(),
-        block,
-        log_index,
-        escrow: finding.escrow.map(|escrow| format!("{escrow:#x}")),
-        event: finding.event.clone(),
-        event_id: finding.event_id.clone(),
-        is_final,
-    }
 }

@@ -1,5 +1,5 @@
 //! The operator's commands, one file each. They work beside a running relayer, through the socket next to its store, and
-//! on the store's file where none runs.
+//! on the store's file where none runs: what changes it, or publishes from it, then under the lease, if there is one.
 
 pub(crate) mod escrows;
 pub(crate) mod outbox;
@@ -16,10 +16,13 @@ use std::time::Duration;
 use anyhow::anyhow;
 use relayer::config::Config;
 use relayer::control::{self, Answer, Answers, Desk, Refusal, Request};
-use relayer::store::{Added, Store, StoreError};
+use relayer::event::Signatures;
+use relayer::snapshot::{Keeper, SnapshotError, configured, is_newest};
+use relayer::store::{Added, Identity, Store, StoreError};
 use serde::de::DeserializeOwned;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{Instant, sleep};
+use tokio_util::sync::CancellationToken;
 
 use crate::{CONFIGURATION, FAULT, Failure};
 
@@ -93,6 +96,78 @@ impl Office {
     }
 }
 
+/// Does what publishes from a store or changes it. Where instances share a folder of snapshots that takes the lease, if no
+/// relayer runs here: another one may be at work elsewhere.
+pub(crate) async fn changing<T>(
+    config: &Config,
+    missing: Missing,
+    work: impl AsyncFnOnce(&Office) -> Result<T, Failure>,
+) -> Result<T, Failure> {
+    let Some(snapshots) = configured(&config.storage) else {
+        return work(&Office::find(config, missing).await?).await;
+    };
+    let path = &config.storage.path;
+    // A store that is to be made is made under the lease.
+    let found = match missing {
+        Missing::Make if !path.exists() => None,
+        Missing::Refuse | Missing::Make | Missing::Pretend => Some(Office::find(config, missing).await?),
+    };
+    if let Some(beside @ Office::Beside(_)) = &found {
+        return work(beside).await;
+    }
+    let mut keeper = leased(config, found.is_some()).await?;
+    let (permit, making) = (keeper.permit(), Arc::clone(keeper.snapshots()));
+    let working = async {
+        let mut office = match found {
+            Some(office) => office,
+            None => {
+                // As a run would: what was published before is not to be published from another store again.
+                let (_, identity) = identity(config)?;
+                Keeper::restore(Arc::clone(&snapshots), path, &identity).await.map_err(failure)?;
+                Office::find(config, missing).await?
+            }
+        };
+        if let Office::Here(desk) = office {
+            is_newest(snapshots, desk.store(), path).await.map_err(failure)?;
+            let desk = Arc::into_inner(desk).expect("nobody else has it yet");
+            office = Office::Here(Arc::new(desk.permitted_by(permit).with_snapshots(&making)));
+        }
+        work(&office).await
+    };
+    let worked = keeper.during(working, &CancellationToken::new()).await;
+    keeper.release().await;
+    worked.map_err(anyhow::Error::from)?.expect("nobody stops it")
+}
+
+/// The lease, unless another instance that is alive has it.
+pub(crate) async fn leased(config: &Config, has_store: bool) -> Result<Keeper, Failure> {
+    let folder = config.storage.snapshot_dir.as_ref().expect("looked at before");
+    let stop = CancellationToken::new();
+    let mut taking = std::pin::pin!(Keeper::unless_held(&config.storage, folder, has_store, &stop));
+    let taken = tokio::select! {
+        taken = &mut taking => taken,
+        _ = tokio::signal::ctrl_c() => {
+            stop.cancel();
+            taking.await
+        }
+    };
+    match taken.map_err(anyhow::Error::from)? {
+        Some(keeper) if !stop.is_cancelled() => Ok(keeper),
+        keeper => {
+            if let Some(keeper) = keeper {
+                keeper.release().await;
+            }
+            Err(anyhow!("stopped by Ctrl-C").into())
+        }
+    }
+}
+
+/// What a fault of the snapshots is to whoever asked.
+pub(crate) fn failure(error: SnapshotError) -> Failure {
+    let code = if error.is_configuration() { CONFIGURATION } else { FAULT };
+    Failure { code, error: anyhow!("{error}") }
+}
+
 /// The rows that answer a request.
 pub(crate) struct Asking {
     answers: Answers,
@@ -146,8 +221,7 @@ fn open(config: &Config, missing: Missing) -> Result<Desk, Opening> {
         let error = anyhow!("storage.path {} does not exist: no relayer has run here yet", path.display());
         return Err(usage(error).into());
     }
-    let signatures = relayer::signatures(config).map_err(|error| usage(anyhow!("{error}")))?;
-    let identity = relayer::identity(config, &signatures);
+    let (signatures, identity) = identity(config)?;
     let start_block = config.chain.start_block;
     let store = match is_there || missing == Missing::Make {
         true => Store::open(path, identity, start_block, Added::Leave),
@@ -162,6 +236,14 @@ fn open(config: &Config, missing: Missing) -> Result<Desk, Opening> {
     })?;
     let desk = Desk::alone(config.clone(), Arc::new(signatures), Arc::new(store));
     Ok(desk.map_err(|error| Failure::from(anyhow!("the RPC client cannot be set up: {error}")))?)
+}
+
+/// The configured events, and what a store of this configuration is made for.
+pub(crate) fn identity(config: &Config) -> Result<(Signatures, Identity), Failure> {
+    let unusable = |error| Failure { code: CONFIGURATION, error: anyhow!("{error}") };
+    let signatures = relayer::signatures(config).map_err(unusable)?;
+    let identity = relayer::identity(config, &signatures);
+    Ok((signatures, identity))
 }
 
 /// Rows as one JSON array, as they come.

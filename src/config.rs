@@ -212,7 +212,7 @@ pub struct Storage {
 /// What waits in the store.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Ledger {
-    /// Events not yet acknowledged at which reading pauses.
+    /// Events not yet acknowledged, be their lanes blocked or not, at which reading pauses.
     pub max_waiting: NonZeroU64,
     /// How long published events are kept once they are final; `None`: for ever.
     pub retention: Option<Duration>,

@@ -2,14 +2,17 @@
 //!
 //! Constraints it keeps:
 //!
-//! 1. Whoever has the store's lock answers, and nobody else: the relayer that runs, else the command itself, on the file.
+//! 1. Whoever has the store's lock answers, and nobody else: the relayer that runs, also if it only stands by, else the
+//!    command itself, on the file.
 //!    A command tries for the lock first. If it gets it, no relayer runs and none can begin meanwhile; if not, somebody
 //!    has it who opens the socket, or ends. So no moment remains in which both work, or a command works beside nobody.
 //! 2. Both ways are one code: a [`Desk`] answers a [`Request`] with [`Answer`]s, through a channel or through a socket.
 //! 3. Only the user who runs the relayer can connect: the socket gets its name when its mode is set already.
 //! 4. Answers are written as they come, and made as they are read: neither side holds more than a page. Nothing in the
 //!    store is held open meanwhile.
-//! 5. Whoever connects and says nothing, or something else, costs one connection for a few seconds.
+//! 5. Where instances share a folder of snapshots, only who holds the lease publishes from a store, or changes it: a
+//!    command on the file takes the lease for that, and one that stands by refuses it.
+//! 6. Whoever connects and says nothing, or something else, costs one connection for a few seconds.
 //!
 //! A request is one line of JSON, `{"version": 1, "request": …}`; the answers are lines `{"row": …}`, `{"note": "…"}`,
 //! `"waiting"` (somebody is still there), and at the end `"end"` or `{"error": {…}}`. The error's layout is that of all
@@ -23,6 +26,7 @@ mod replay;
 mod rows;
 mod server;
 mod socket;
+mod verify;
 
 use alloy::primitives::Address;
 use serde::{Deserialize, Serialize};
@@ -107,6 +111,25 @@ pub enum Request {
         /// The last.
         to: u64,
     },
+}
+
+impl Request {
+    /// Whether it publishes something, or changes what is stored.
+    pub fn changes(&self) -> bool {
+        match self {
+            Self::Import { .. }
+            | Self::Discard { .. }
+            | Self::Retry { .. }
+            | Self::Replay { .. }
+            | Self::Snapshot => true,
+            Self::Status
+            | Self::Escrows
+            | Self::Discover { .. }
+            | Self::Outbox { .. }
+            | Self::Show { .. }
+            | Self::Verify { .. } => false,
+        }
+    }
 }
 
 /// Escrows in one [`Request::Import`]: what fits into a line.

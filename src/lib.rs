@@ -31,6 +31,7 @@ mod permit;
 mod progress;
 pub mod publish;
 pub mod pubsub;
+mod room;
 pub mod rpc;
 pub mod sample;
 pub mod scan;
@@ -56,6 +57,8 @@ use control::Desk;
 use event::{Header, Signatures};
 use publish::{PublishError, Publisher, Sink};
 use pubsub::ConfiguredSink;
+pub use room::NoRoom;
+use room::Room;
 use rpc::Rpc;
 use scan::{Auditor, Patient, ScanError, Scanner, Until};
 use snapshot::{Keeper, LeaseLost, SnapshotError, is_newest};
@@ -69,8 +72,6 @@ const DRAIN: Duration = Duration::from_secs(6);
 /// The same where a last snapshot has to be made, and when that must be done, in time to give up the lease.
 const DRAIN_BEFORE_SNAPSHOT: Duration = Duration::from_secs(4);
 const STOPPED_AFTER: Duration = Duration::from_secs(6);
-/// How often a paused reader looks whether there is room again.
-const ROOM: Duration = Duration::from_millis(200);
 /// How often is looked whether there is something to prune, and how many entries one commit removes.
 const PRUNE_EVERY: Duration = Duration::from_secs(60);
 const PRUNED_AT_ONCE: usize = 5_000;
@@ -106,6 +107,9 @@ pub enum RelayError {
     /// Another instance relays, or may.
     #[error(transparent)]
     LeaseLost(#[from] LeaseLost),
+    /// Blocked lanes leave no room to read to the end asked for.
+    #[error(transparent)]
+    NoRoom(#[from] NoRoom),
 }
 
 impl RelayError {
@@ -117,7 +121,9 @@ impl RelayError {
             | Self::Scan(ScanError::Store(error))
             | Self::Publish(PublishError::Store(error)) => error.is_configuration(),
             Self::Snapshot(error) => error.is_configuration(),
-            Self::Rpc(_) | Self::Publish(PublishError::Closed(_)) | Self::LeaseLost(_) => false,
+            Self::Rpc(_) | Self::Publish(PublishError::Closed(_)) | Self::LeaseLost(_) | Self::NoRoom(_) => {
+                false
+            }
         }
     }
 }
@@ -166,17 +172,19 @@ impl Relay {
         observer: Arc<Observer>,
         stop: &CancellationToken,
     ) -> Result<Option<Self>, RelayError> {
-        let signatures = signatures(&config)?;
+        let signatures = Arc::new(signatures(&config)?);
         let identity = identity(&config, &signatures);
-        let opened = open_store(&config, identity, added, observer.vitals(), stop).await?;
+        let rpc = Arc::new(Rpc::new(config.chain.id, &config.rpc)?);
+        let standing_by = |store: &Arc<Store>| {
+            let (signatures, store, rpc) = (Arc::clone(&signatures), Arc::clone(store), Arc::clone(&rpc));
+            Desk::standing_by(config.clone(), signatures, store, rpc, Arc::clone(&observer))
+        };
+        let opened = open_store(&config, identity, added, observer.vitals(), standing_by, stop).await?;
         let Some((store, keeper)) = opened else {
             return Ok(None);
         };
-        let store = Arc::new(store);
-        let rpc = Arc::new(Rpc::new(config.chain.id, &config.rpc)?);
         let sink = Arc::new(ConfiguredSink::open(&config.sink).await?);
         observer.opened(&store, &rpc);
-        let signatures = Arc::new(signatures);
         Ok(Some(Self { config, signatures, store, rpc, sink, observer, keeper }))
     }
 
@@ -279,18 +287,20 @@ impl Relay {
             publisher = publisher.permitted_by(keeper.permit());
         }
         let max_waiting = self.config.ledger.max_waiting.get();
+        let room = Room::new(&self.store, &vitals, max_waiting, until == Until::Forever);
         vitals.entered(Stage::Relaying);
         let scanning = tokio::spawn(scan_loop(
             scanner,
             vitals.begin(Loop::Scan),
             Arc::clone(&self.store),
             self.config.chain.poll_interval,
-            max_waiting,
+            room,
             stop.clone(),
             read.clone(),
         ));
         let drain = if self.keeper.is_some() { DRAIN_BEFORE_SNAPSHOT } else { DRAIN };
-        let publishing = tokio::spawn(publish_loop(publisher, vitals, stop.clone(), read, drain));
+        let publishing =
+            tokio::spawn(publish_loop(publisher, Arc::clone(&self.store), vitals, stop.clone(), read, drain));
         let relaying = async { tokio::join!(joined(scanning), joined(publishing)) };
         let (scanned, published) = match self.keeper {
             None => relaying.await,
@@ -347,19 +357,21 @@ async fn joined<T>(task: JoinHandle<T>) -> T {
 }
 
 /// The store, and who keeps the lease and makes snapshots of it, if there is a folder for that. `None`: asked to stop while
-/// standing by.
+/// standing by; who asks something of a store that is there is answered by `standing_by` meanwhile.
 async fn open_store(
     config: &Config,
     identity: Identity,
     added: Added,
     vitals: &Vitals,
+    standing_by: impl FnOnce(&Arc<Store>) -> Desk,
     stop: &CancellationToken,
-) -> Result<Option<(Store, Option<Keeper>)>, RelayError> {
+) -> Result<Option<(Arc<Store>, Option<Keeper>)>, RelayError> {
     let (storage, start_block) = (&config.storage, config.chain.start_block);
     // Off the async threads: it may have to repair or to migrate.
-    let open = |identity| {
+    let open = async |identity| {
         let path = storage.path.clone();
-        joined(tokio::task::spawn_blocking(move || Store::open(&path, identity, start_block, added)))
+        let opening = move || Store::open(&path, identity, start_block, added);
+        joined(tokio::task::spawn_blocking(opening)).await.map(Arc::new)
     };
     let Some(folder) = &storage.snapshot_dir else {
         return Ok(Some((open(identity).await?, None)));
@@ -378,9 +390,11 @@ async fn open_store(
     if let Some(store) = &existing {
         is_newest(Arc::clone(&snapshots), store, path).await?;
     }
+    let answering = existing.as_ref().and_then(|store| control::serve(path, standing_by(store)));
     let Some(mut keeper) = Keeper::begin(storage, folder, existing.is_some(), vitals, stop).await else {
         return Ok(None);
     };
+    drop(answering);
     let opening = async {
         let store = match existing {
             Some(store) => store,
@@ -393,7 +407,7 @@ async fn open_store(
             }
         };
         is_newest(snapshots, &store, path).await?;
-        Ok::<Store, RelayError>(store)
+        Ok::<Arc<Store>, RelayError>(store)
     };
     match keeper.during(opening, stop).await? {
         Some(Ok(store)) => {
@@ -447,7 +461,7 @@ async fn scan_loop(
     turning: Turning,
     store: Arc<Store>,
     poll_interval: Duration,
-    max_waiting: u64,
+    room: Room,
     stop: CancellationToken,
     read: CancellationToken,
 ) -> Result<(), RelayError> {
@@ -458,7 +472,7 @@ async fn scan_loop(
             turning.turned();
             let pause = match scanner.step().await? {
                 scan::Step::Progress => {
-                    turning.while_waiting(wait_for_room(&store, max_waiting)).await;
+                    turning.while_waiting(room.wait()).await?;
                     busy += 1;
                     if busy % LATE_TURN != 0 {
                         continue;
@@ -473,9 +487,9 @@ async fn scan_loop(
                 scan::Step::Done => break,
             };
             let deadline = Some(Instant::now() + pause);
-            read_late(&mut scanner, &turning, &store, max_waiting, deadline, &mut heads).await?;
+            read_late(&mut scanner, &turning, &store, &room, deadline, &mut heads).await?;
         }
-        read_late(&mut scanner, &turning, &store, max_waiting, None, &mut None).await
+        read_late(&mut scanner, &turning, &store, &room, None, &mut None).await
     };
     let result = tokio::select! {
         biased;
@@ -512,14 +526,14 @@ async fn read_late(
     scanner: &mut Scanner<Patient<Rpc>>,
     turning: &Turning,
     store: &Store,
-    max_waiting: u64,
+    room: &Room,
     deadline: Option<Instant>,
     heads: &mut Heads,
 ) -> Result<(), RelayError> {
     loop {
         let pause = match scanner.step_late().await? {
             scan::Step::Progress => {
-                turning.while_waiting(wait_for_room(store, max_waiting)).await;
+                turning.while_waiting(room.wait()).await?;
                 Duration::ZERO
             }
             scan::Step::Wait(pause) => pause,
@@ -572,21 +586,10 @@ async fn audit(mut auditor: Auditor<Rpc>) {
     }
 }
 
-/// Reading pauses while too much waits to be published.
-async fn wait_for_room(store: &Store, max_waiting: u64) {
-    if store.waiting() < max_waiting {
-        return;
-    }
-    warn!(waiting = store.waiting(), max_waiting, "Too many events wait to be published: reading pauses");
-    while store.waiting() >= max_waiting {
-        tokio::time::sleep(ROOM).await;
-    }
-    info!(waiting = store.waiting(), "There is room again: reading goes on");
-}
-
 /// Steps the publisher until everything read is published, or `stop`; then lets what is under way finish.
 async fn publish_loop<S: Sink>(
     mut publisher: Publisher<S>,
+    store: Arc<Store>,
     vitals: Arc<Vitals>,
     stop: CancellationToken,
     read: CancellationToken,
@@ -595,7 +598,7 @@ async fn publish_loop<S: Sink>(
     let published = tokio::select! {
         biased;
         () = stop.cancelled() => None,
-        published = publish_all(&mut publisher, vitals.begin(Loop::Publish), &read) => Some(published),
+        published = publish_all(&mut publisher, &store, &vitals, &read) => Some(published),
     };
     vitals.entered(Stage::Stopping);
     match published {
@@ -619,15 +622,25 @@ async fn publish_loop<S: Sink>(
 
 async fn publish_all<S: Sink>(
     publisher: &mut Publisher<S>,
-    turning: Turning,
+    store: &Store,
+    vitals: &Arc<Vitals>,
     read: &CancellationToken,
 ) -> Result<(), PublishError> {
+    let turning = vitals.begin(Loop::Publish);
+    let mut told = None;
     loop {
         turning.turned();
-        let all_read = read.is_cancelled();
-        let pause = match publisher.step().await? {
+        // Before the step: of what is appended meanwhile nothing is said.
+        let (all_read, entries) = (read.is_cancelled(), store.entries());
+        let step = publisher.step().await?;
+        let rests = step != publish::Step::Progress && publisher.is_drained();
+        let all_blocked_upto = rests.then_some(entries);
+        if std::mem::replace(&mut told, all_blocked_upto) != all_blocked_upto {
+            vitals.all_blocked_upto(all_blocked_upto);
+        }
+        let pause = match step {
             publish::Step::Progress => continue,
-            _ if all_read && publisher.is_drained() => return Ok(()),
+            _ if all_read && rests => return Ok(()),
             publish::Step::Idle => None,
             publish::Step::Wait(pause) => Some(pause),
         };

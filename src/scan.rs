@@ -435,6 +435,8 @@ impl<C: Chain> Scanner<C> {
         let head = answers.next().and_then(Answer::header);
         let finalized = if ask_finality { answers.next().and_then(Answer::header) } else { None };
         let code = answers.next().map(Answer::code);
+        // Before the head: whoever sees that one knows this, too.
+        self.vitals.factory_without_code(code == Some(false));
         let Some(head) = head else {
             self.finality.asking = false;
             return Err(match tag {

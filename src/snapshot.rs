@@ -19,6 +19,7 @@ mod volume;
 
 use std::fs;
 use std::hash::{BuildHasher, Hasher, RandomState};
+use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -38,7 +39,7 @@ use crate::permit::Permit;
 use crate::store::{Identity, Store};
 use crate::telemetry::metrics;
 use crate::vitals::{Stage, Vitals};
-use lease::{Lease, Lost};
+use lease::{Lease, Lost, NotTaken, Wait};
 
 /// The first snapshot of a run is made after this time at the latest: until then a crash costs all the run has read.
 const FIRST_AFTER: Duration = Duration::from_secs(5);
@@ -70,13 +71,44 @@ impl Keeper {
         vitals: &Vitals,
         stop: &CancellationToken,
     ) -> Option<Self> {
+        let keeper = Self::take(storage, folder, has_store, Wait::ForIt, vitals, stop).await;
+        let keeper = keeper.unwrap_or_else(|why| unreachable!("it is waited for: {why:?}"));
+        vitals.entered(Stage::Starting);
+        keeper
+    }
+
+    /// Takes the lease unless another instance that is alive holds it. Otherwise the same.
+    pub async fn unless_held(
+        storage: &config::Storage,
+        folder: &Path,
+        has_store: bool,
+        stop: &CancellationToken,
+    ) -> Result<Option<Self>, LeaseNotTaken> {
+        let vitals = Vitals::default();
+        let taken = Self::take(storage, folder, has_store, Wait::ForTheDead, &vitals, stop).await;
+        taken.map_err(|why| match why {
+            NotTaken::Held(by) => LeaseNotTaken::Held { by },
+            NotTaken::Volume(source) => LeaseNotTaken::Volume { source },
+        })
+    }
+
+    async fn take(
+        storage: &config::Storage,
+        folder: &Path,
+        has_store: bool,
+        wait: Wait,
+        vitals: &Vitals,
+        stop: &CancellationToken,
+    ) -> Result<Option<Self>, NotTaken> {
         let volume = Arc::new(Folder::new(folder));
         let known = if has_store { known_holder(&storage.path) } else { None };
         let holder = known.unwrap_or_else(new_holder);
-        let lease = Lease::acquire(Arc::clone(&volume), holder, vitals, stop).await?;
-        vitals.entered(Stage::Starting);
+        let Some(lease) = Lease::acquire(Arc::clone(&volume), holder, wait, vitals, stop).await? else {
+            return Ok(None);
+        };
         let snapshots = Arc::new(Snapshots::new(volume).permitted_by(lease.permit()));
-        Some(Self { snapshots, lease, interval: storage.snapshot_interval, keep: storage.snapshot_keep })
+        let (interval, keep) = (storage.snapshot_interval, storage.snapshot_keep);
+        Ok(Some(Self { snapshots, lease, interval, keep }))
     }
 
     /// Keeps the lease until `work` is done. `None`: asked to stop, or the lease is lost.
@@ -107,9 +139,7 @@ impl Keeper {
         path: &Path,
         identity: &Identity,
     ) -> Result<(), SnapshotError> {
-        let (path, identity) = (path.to_owned(), identity.clone());
-        let restored = joined(spawn_blocking(move || snapshots.restore(&path, &identity, None)).await)?;
-        match restored {
+        match snapshots.restore(path, identity, None).await? {
             Some(manifest) => info!(
                 snapshot = %manifest.file(),
                 made_at = %manifest.made_at,
@@ -173,6 +203,29 @@ impl Keeper {
             warn!("The lease could not be given up in time: the next instance waits until it expires");
         }
     }
+}
+
+/// Why what needs the lease is not done.
+#[derive(Debug, thiserror::Error)]
+pub enum LeaseNotTaken {
+    /// Another instance has it.
+    #[error(
+        "another instance holds the lease in storage.snapshot_dir ({by}), and goes on from there: run it there, beside that \
+         relayer, or stop that one first"
+    )]
+    Held {
+        /// Who.
+        by: String,
+    },
+    /// The folder cannot be read or written.
+    #[error(
+        "the lease in storage.snapshot_dir cannot be taken: {source}; mount the volume or make the folder, and let this user \
+         write to it"
+    )]
+    Volume {
+        /// What the system says.
+        source: io::Error,
+    },
 }
 
 /// Why a run ends without having been asked to.

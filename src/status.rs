@@ -29,6 +29,8 @@ pub struct Status {
     pub version: String,
     /// How far the relayer is.
     pub phase: Phase,
+    /// While it stands by: who holds the lease.
+    pub lease_holder: Option<String>,
     /// When this was so, in seconds since 1970.
     pub at: u64,
     /// How long the relayer has been running.
@@ -94,6 +96,8 @@ pub struct ChainStatus {
     pub lag_blocks: Option<u64>,
     /// Reading stands still, because a fork would withdraw more messages than may be withdrawn.
     pub retractions_stopped: bool,
+    /// There is no contract at the factory's address: nothing is read before there is one.
+    pub factory_without_code: bool,
 }
 
 /// One block of one fork.
@@ -198,6 +202,7 @@ impl Status {
         Self {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             phase: Phase::Starting,
+            lease_holder: None,
             at: unix_seconds(),
             uptime_seconds: None,
             chain: ChainStatus {
@@ -211,6 +216,7 @@ impl Status {
                 finalized: None,
                 lag_blocks: None,
                 retractions_stopped: false,
+                factory_without_code: false,
             },
             escrows: None,
             events: None,
@@ -253,11 +259,13 @@ impl Status {
     }
 
     fn tell(&mut self, facts: Facts) {
+        self.lease_holder = facts.lease_holder;
         let chain = &mut self.chain;
         chain.head = facts.head.map(|head| head.number);
         chain.head_age_seconds = facts.head.map(|head| head.seen.elapsed().as_secs());
         chain.horizon = facts.horizon;
         chain.retractions_stopped = facts.retractions_stopped;
+        chain.factory_without_code = facts.factory_without_code;
         self.sink.outage_since = facts.outage_since;
         self.sink.blocked_lanes = Some(facts.blocked.len());
         self.sink.blocked = facts.blocked.into_values().take(BLOCKED).collect();
@@ -368,6 +376,12 @@ impl Observer {
             (Stage::Stopping, _) => Phase::Stopping,
         };
         Ok(status)
+    }
+
+    /// The same of one that stands by, with the store that it will go on from unless another instance does before.
+    pub fn standby_status(&self, store: &Store) -> Result<Status, StoreError> {
+        let Status { chain, escrows, events, late_reads, .. } = Status::of_store(store)?;
+        Ok(Status { chain, escrows, events, late_reads, ..self.status()? })
     }
 }
 

@@ -106,10 +106,14 @@ pub struct Fault {
 pub struct Facts {
     /// How far the relayer is in its own life.
     pub stage: Stage,
+    /// While it stands by: who holds the lease.
+    pub lease_holder: Option<String>,
     /// The newest block the node has shown.
     pub head: Option<Head>,
     /// The highest block that may be read now.
     pub horizon: Option<u64>,
+    /// There is no contract at the factory's address.
+    pub factory_without_code: bool,
     /// A fork waits because it would withdraw more than may be withdrawn.
     pub retractions_stopped: bool,
     /// Since when the sink answers nobody, in seconds since 1970.
@@ -118,6 +122,8 @@ pub struct Facts {
     pub publishing_stopped: bool,
     /// Lanes whose first message is refused.
     pub blocked: BTreeMap<String, BlockedLane>,
+    /// Of so many entries of the log nothing is left to publish but what blocked lanes hold up.
+    pub all_blocked_upto: Option<u64>,
     /// What the audit came to.
     pub audited: Audited,
     /// The last faults, the newest first.
@@ -210,7 +216,16 @@ impl Vitals {
 
     /// The relayer has come so far.
     pub fn entered(&self, stage: Stage) {
-        self.facts().stage = stage;
+        let mut facts = self.facts();
+        facts.stage = stage;
+        facts.lease_holder = None;
+    }
+
+    /// It stands by: that one holds the lease.
+    pub fn stands_by(&self, holder: String) {
+        let mut facts = self.facts();
+        facts.stage = Stage::Standby;
+        facts.lease_holder = Some(holder);
     }
 
     /// The node showed its head.
@@ -221,6 +236,11 @@ impl Vitals {
     /// Blocks up to this one may be read.
     pub fn may_read_upto(&self, horizon: u64) {
         self.facts().horizon = Some(horizon);
+    }
+
+    /// Whether there is no contract at the factory's address.
+    pub fn factory_without_code(&self, without: bool) {
+        self.facts().factory_without_code = without;
     }
 
     /// Whether a fork waits because it would withdraw too much.
@@ -237,6 +257,11 @@ impl Vitals {
     /// Whether blocked lanes hold as much as may be held.
     pub fn publishing_stopped(&self, stopped: bool) {
         self.facts().publishing_stopped = stopped;
+    }
+
+    /// Of so many entries nothing is left to publish but what blocked lanes hold up; `None`: there is.
+    pub fn all_blocked_upto(&self, entries: Option<u64>) {
+        self.facts().all_blocked_upto = entries;
     }
 
     /// The first message of a lane is refused.

@@ -296,3 +296,61 @@ async fn a_full_event_log_pauses_reading_says_so_and_reading_goes_on_when_there_
     broken.world.setup.run_to_head().await;
     broken.assert_arrived().await;
 }
+
+/// A world in which one escrow's messages are refused and leave room for hardly anything else: its key.
+async fn without_room(broken: &mut Broken) -> String {
+    broken.world.setup.set("RELAYER_LEDGER__MAX_WAITING", 6);
+    broken.world.setup.set("RELAYER_RPC__MAX_RANGE", 1); // a block a commit
+    let escrows = broken.world.factory.create_many(2).await;
+    let key = format!("{:#x}", escrows[0].address);
+    for _ in 0..3 {
+        for escrow in &escrows {
+            broken.world.factory.send("approveMany", &[escrow.address.into(), 4u64.into()]).await;
+        }
+    }
+    let refused = key.clone();
+    broken.pubsub.on_publish(move |attempt| match attempt.ordering_key == refused {
+        true => Answer::Refuse(Code::InvalidArgument, "not this one".into()),
+        false => Answer::Store,
+    });
+    key
+}
+
+#[tokio::test]
+async fn a_job_to_which_blocked_lanes_leave_no_room_ends_and_names_them_and_the_ways_out() {
+    let mut broken = Broken::new().await;
+    let key = without_room(&mut broken).await;
+    let head = broken.world.chain.block_number().await;
+    let ended = broken.world.setup.run(&["run", "--until", "head"]).await;
+    let said = [&key, "not this one", "relayer outbox list", "retry", "discard", "ledger.max_waiting = 6"];
+    let ended = ended.failed_with(1, &said);
+    let read = ended.logged("Processing blocks").into_iter().filter_map(|log| log["to"].as_u64()).max();
+    assert!(read.is_some_and(|read| read < head), "it did not read on without room: {}", ended.stderr);
+    broken.pubsub.heal();
+    broken.world.setup.run_to_head().await;
+    broken.assert_arrived().await;
+}
+
+#[tokio::test]
+async fn a_run_to_which_blocked_lanes_leave_no_room_says_so_once_and_goes_on_when_they_are_mended() {
+    let mut broken = Broken::new().await;
+    let key = without_room(&mut broken).await;
+    let head = broken.world.chain.block_number().await;
+    let mut relayer = broken.start();
+    let said = relayer.wait_logged("All that waits is blocked").await;
+    assert_eq!(said["severity"], "WARNING");
+    let text = said["message"].as_str().expect("a text");
+    for word in [&*key, "not this one", "relayer outbox list", "ledger.max_waiting = 6"] {
+        assert!(text.contains(word), "{word}: {text}");
+    }
+    // Offered again and refused again: no news.
+    broken.world.setup.run(&["outbox", "retry", "--all"]).await.good();
+    broken.pubsub.heal();
+    broken.world.setup.run(&["outbox", "retry", "--all"]).await.good();
+    relayer.wait_logged("There is room again").await;
+    relayer.wait_read(head).await;
+    let ended = relayer.stop().await;
+    assert_eq!(ended.logged("All that waits is blocked").len(), 1, "{}", ended.stderr);
+    broken.world.setup.run_to_head().await;
+    broken.assert_arrived().await;
+}

@@ -9,9 +9,10 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use common::relay::{Running, free_port};
-use common::{Line, PubSub, Setup, World};
-use serde_json::Value;
+use common::{Answer, Line, PubSub, Setup, World};
+use serde_json::{Value, json};
 use tempfile::TempDir;
+use tokio_util::task::AbortOnDropHandle;
 
 /// A world whose relayers publish to one broker and keep snapshots in one folder; each has a machine of its own.
 struct Fleet {
@@ -41,6 +42,30 @@ impl Fleet {
         }
     }
 
+    /// Another instance, on some other machine, that holds the lease and does nothing else.
+    async fn held(&self) -> Holder {
+        let folder = self.volume.path().join("snapshots");
+        let (held, mut is_held) = tokio::sync::watch::channel(0_u64);
+        let holding = tokio::spawn(async move {
+            for beat in 1.. {
+                let claim = json!({ "holder": "another", "by": HOLDER, "beat": 1_000 + beat });
+                fs::write(folder.join("lease.new"), claim.to_string()).expect("it can be written");
+                fs::rename(folder.join("lease.new"), folder.join("lease.json")).expect("it can be renamed");
+                held.send_replace(beat);
+                tokio::time::sleep(Duration::from_millis(200)).await; // its pace
+            }
+        });
+        is_held.wait_for(|beat| *beat > 0).await.expect("it lives");
+        Holder(AbortOnDropHandle::new(holding))
+    }
+
+    /// Who holds the lease.
+    fn holder(&self) -> Value {
+        let file = self.volume.path().join("snapshots").join("lease.json");
+        let claim: Value = serde_json::from_slice(&fs::read(file).expect("it is there")).expect("JSON");
+        claim["holder"].clone()
+    }
+
     /// Waits until everything on the chain has arrived.
     async fn wait(&self) {
         let events = self.world.truth().await.len();
@@ -68,6 +93,11 @@ impl Fleet {
         manifests
     }
 }
+
+const HOLDER: &str = "host elsewhere, process 7";
+
+/// Dropped, it is dead.
+struct Holder(#[expect(dead_code, reason = "it lives as long as this")] AbortOnDropHandle<()>);
 
 fn lines(messages: &[common::pubsub::Message]) -> Vec<Line> {
     messages.iter().map(Line::of).collect()
@@ -340,4 +370,131 @@ async fn a_volume_that_is_not_mounted_is_no_empty_one() {
     fleet.live(1).await;
     relayer.stop().await;
     assert!(fleet.pubsub.messages().is_empty() && !machine.path("relayer.redb").exists());
+}
+
+/// What changes a store or publishes from it, as it is asked of one that no relayer runs on.
+const CHANGING: [&[&str]; 4] = [
+    &["replay", "--from", "0", "--to", "1000"],
+    &["outbox", "retry", "--all"],
+    &["outbox", "discard", "31337:0x00:0"],
+    &["escrows", "import", "registry.json", "--from", "0"],
+];
+
+fn write_registry(machine: &Setup) {
+    let registry = json!({ "escrows": [format!("{:#x}", alloy::primitives::Address::repeat_byte(7))] });
+    fs::write(machine.path("registry.json"), registry.to_string()).expect("it can be written");
+}
+
+#[tokio::test]
+async fn while_another_instance_holds_the_lease_no_command_publishes_or_changes_a_store_and_all_can_look() {
+    let fleet = Fleet::new().await;
+    let (machine, bare) = (fleet.machine(), fleet.machine());
+    fleet.live(2).await;
+    machine.run_to_head().await;
+    let published = fleet.pubsub.messages().len();
+    write_registry(&machine);
+    write_registry(&bare);
+    let holder = fleet.held().await;
+    for command in CHANGING {
+        let refused = machine.run(command).await;
+        refused.failed_with(1, &["storage.snapshot_dir", HOLDER, "run it there"]);
+    }
+    bare.run(CHANGING[3]).await.failed_with(1, &[HOLDER]);
+    assert!(!bare.path("relayer.redb").exists(), "nothing is left behind");
+    machine.run(&["snapshot", "create"]).await.failed_with(1, &[HOLDER]);
+    for command in [&["outbox", "list"], &["escrows", "list"], &["status", "--json"], &["snapshot", "list"]] {
+        machine.run(command).await.good();
+    }
+    drop(holder);
+    let (folder, away) = (fleet.volume.path().join("snapshots"), fleet.volume.path().join("away"));
+    fs::rename(&folder, &away).expect("it can be moved");
+    machine
+        .run(CHANGING[0])
+        .await
+        .failed_with(1, &["storage.snapshot_dir cannot be taken", "mount the volume"]);
+    assert_eq!(fleet.pubsub.messages().len(), published, "nothing came again");
+    assert_eq!(machine.run(&["escrows", "list"]).await.good().stdout.len(), 1 + 2, "nothing is new");
+}
+
+#[tokio::test]
+async fn a_command_that_publishes_holds_the_lease_meanwhile_and_gives_it_up_at_its_end() {
+    let fleet = Fleet::new().await;
+    let machine = fleet.machine();
+    fleet.live(2).await;
+    machine.run_to_head().await;
+    let published = fleet.pubsub.messages().len();
+    fleet.pubsub.on_publish(|_| Answer::Hang);
+    let replaying = machine.start(CHANGING[0]);
+    fleet.pubsub.wait_for_requests(fleet.pubsub.requests().len() + 1).await;
+    assert!(fleet.holder().is_string(), "the command has it");
+    let mut other = fleet.machine().start(&["run"]);
+    other.wait_logged("standing by").await;
+    fleet.pubsub.heal();
+    replaying.ended().await.failed_with(0, &["were published again"]);
+    other.wait_logged("Relaying from block").await;
+    assert_eq!(fleet.pubsub.messages().len(), 2 * published);
+    other.stop().await;
+    // The other one has gone on: the file this machine has is of the past.
+    for command in CHANGING.iter().take(3) {
+        machine.run(command).await.failed_with(2, &["is older than the newest snapshot"]);
+    }
+    assert_eq!(fleet.pubsub.messages().len(), 2 * published);
+    assert!(fleet.holder().is_null());
+}
+
+#[tokio::test]
+async fn a_command_whose_lease_is_taken_ends_and_says_so() {
+    let fleet = Fleet::new().await;
+    let machine = fleet.machine();
+    fleet.live(1).await;
+    machine.run_to_head().await;
+    fleet.pubsub.on_publish(|_| Answer::Hang);
+    let replaying = machine.start(CHANGING[0]);
+    fleet.pubsub.wait_for_requests(fleet.pubsub.requests().len() + 1).await;
+    let _holder = fleet.held().await;
+    replaying.ended().await.failed_with(1, &["Another instance has taken the lease"]);
+}
+
+#[tokio::test]
+async fn an_import_where_the_store_is_gone_goes_on_from_the_newest_snapshot_and_nothing_repeats() {
+    let fleet = Fleet::new().await;
+    fleet.live(2).await;
+    fleet.machine().run_to_head().await;
+    let other = fleet.machine();
+    write_registry(&other);
+    other.run(CHANGING[3]).await.good();
+    assert!(fleet.holder().is_null());
+    assert_eq!(other.run(&["escrows", "list"]).await.good().stdout.len(), 1 + 2 + 1);
+    fleet.live(1).await;
+    other.run_to_head().await;
+    assert_eq!(fleet.assert_whole().await, 0);
+}
+
+#[tokio::test]
+async fn commands_beside_a_standby_learn_that_it_stands_by_and_who_holds_the_lease() {
+    let fleet = Fleet::new().await;
+    let machine = fleet.machine();
+    fleet.live(2).await;
+    machine.run_to_head().await;
+    write_registry(&machine);
+    let holder = fleet.held().await;
+    let mut standby = machine.start(&["run"]);
+    standby.wait_logged("standing by").await;
+    let status = machine.run(&["status", "--json"]).await.good().stdout.join("\n");
+    let status: Value = serde_json::from_str(&status).expect("JSON");
+    assert_eq!((&status["phase"], &status["lease_holder"]), (&json!("standby"), &json!(HOLDER)));
+    assert_eq!(status["escrows"]["watched"], 2, "{status}");
+    let text = machine.run(&["status"]).await.good().stdout.join("\n");
+    assert!(text.contains("standing by") && text.contains(HOLDER), "{text}");
+    assert_eq!(machine.run(&["escrows", "list"]).await.good().stdout.len(), 1 + 2);
+    // Not `discard`: what it names is looked for first, and is not there.
+    for command in [CHANGING[0], CHANGING[1], CHANGING[3], &["snapshot", "create"]] {
+        machine.run(command).await.failed_with(1, &["stands by", HOLDER, "run it there"]);
+    }
+    drop(holder);
+    standby.wait_logged("Relaying from block").await;
+    let status = machine.run(&["status", "--json"]).await.good().stdout.join("\n");
+    let status: Value = serde_json::from_str(&status).expect("JSON");
+    assert_eq!(status["lease_holder"], Value::Null, "{status}");
+    standby.stop().await;
 }

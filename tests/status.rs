@@ -12,7 +12,7 @@ use common::relay::faults::{Fault, Faults};
 use common::relay::pages::{Pages, reasons};
 use common::relay::proxy::Proxy;
 use common::relay::{PATIENCE, free_port};
-use common::{Answer, PubSub, World};
+use common::{Answer, Anvil, Chain, PubSub, Setup, World};
 use metrics_exporter_prometheus::PrometheusHandle;
 use relayer::config::{Config, Sources};
 use relayer::status::{Observer, Phase, Status};
@@ -62,6 +62,7 @@ async fn the_status_is_what_the_chain_the_registry_and_the_sink_say() {
         "finalized": 0,
         "lag_blocks": 0,
         "retractions_stopped": false,
+        "factory_without_code": false,
     });
     assert_eq!(*chain, expected);
     assert_eq!(status["escrows"], json!({ "watched": 3, "joining": 0, "archived": 0, "withdrawn": 0 }));
@@ -167,6 +168,26 @@ async fn without_a_node_it_is_starting_and_healthy_and_ready_once_the_node_has_a
     assert_eq!(pages.status().await["phase"], "starting");
     faults.heal();
     pages.wait_ready().await;
+    relayer.stop().await;
+}
+
+#[tokio::test]
+async fn without_code_at_the_factorys_address_it_is_not_ready_says_so_and_is_when_there_is() {
+    let anvil = Anvil::start().await;
+    let chain = Chain::connect(anvil.url()).await;
+    let address = chain.account(0).create(0);
+    let mut setup = Setup::new(&anvil.url(), address);
+    let pages = Pages::of(&mut setup);
+    let relayer = setup.start(&["run"]);
+    let unready = pages.wait_unready("factory_without_code").await;
+    let text = unready.json()["reasons"].to_string();
+    assert!(text.contains(&format!("factory {address:#x} has no code")), "{text}");
+    assert_eq!(reasons(&unready), ["factory_without_code"]);
+    assert_eq!(pages.status().await["chain"]["factory_without_code"], true);
+    assert_eq!(pages.get("/healthz").await.code, 200);
+    assert_eq!(chain.deploy("EscrowFactory", &[]).await.address, address);
+    pages.wait_ready().await;
+    assert_eq!(pages.status().await["chain"]["factory_without_code"], false);
     relayer.stop().await;
 }
 

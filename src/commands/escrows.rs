@@ -11,7 +11,7 @@ use relayer::config::Config;
 use relayer::control::{EscrowRow, FoundRow, IMPORTED_AT_ONCE, Imported, RegistryRow, Request};
 use serde::Deserialize;
 
-use super::{JsonArray, Missing, Office};
+use super::{JsonArray, Missing, Office, changing};
 use crate::{CONFIGURATION, Failure, print};
 
 #[derive(Subcommand)]
@@ -66,7 +66,7 @@ pub(crate) async fn execute(config: &Config, command: Command) -> Result<ExitCod
         Command::Import { file, from } => {
             // Before the store is made: a file that cannot be read must not leave one behind.
             let escrows = read(&file).map_err(|error| Failure { code: CONFIGURATION, error })?;
-            import(&Office::find(config, Missing::Make).await?, &escrows, from).await?;
+            changing(config, Missing::Make, async |office| import(office, &escrows, from).await).await?;
         }
         Command::Discover { from, to, json } => {
             if from.is_none() && config.chain.start_block.is_none() && !config.storage.path.exists() {

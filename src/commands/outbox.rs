@@ -10,7 +10,7 @@ use relayer::control::{
     BlockedRow, Discarded, MessageRow, OutboxRow, QuarantinedRow, Request, RetryRow, Shown, Totals,
 };
 
-use super::{Missing, Office, shortened};
+use super::{Missing, Office, changing, shortened};
 use crate::{FAULT, Failure, print};
 
 #[derive(Subcommand)]
@@ -49,11 +49,15 @@ pub(crate) enum Command {
 }
 
 pub(crate) async fn execute(config: &Config, command: Command) -> Result<ExitCode, Failure> {
-    let office = Office::find(config, Missing::Refuse).await?;
+    let missing = Missing::Refuse;
     match command {
-        Command::List { limit, json } => list(&office, limit, json).await,
-        Command::Retry { which, all: _ } => retry(&office, which).await,
-        Command::Discard { event_ids } => discard(&office, event_ids).await,
+        Command::List { limit, json } => list(&Office::find(config, missing).await?, limit, json).await,
+        Command::Retry { which, all: _ } => {
+            changing(config, missing, async |office| retry(office, which).await).await
+        }
+        Command::Discard { event_ids } => {
+            changing(config, missing, async |office| discard(office, event_ids).await).await
+        }
     }
 }
 

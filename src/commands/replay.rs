@@ -7,7 +7,7 @@ use clap::Args;
 use relayer::config::Config;
 use relayer::control::{ReplayRow, Request};
 
-use super::{Missing, Office, shortened};
+use super::{Missing, Office, changing, shortened};
 use crate::{FAULT, Failure};
 
 #[derive(Args)]
@@ -24,8 +24,10 @@ pub(crate) struct Replay {
 }
 
 pub(crate) async fn execute(config: &Config, replay: Replay) -> Result<ExitCode, Failure> {
-    let Replay { from, to, escrow } = replay;
-    let office = Office::find(config, Missing::Refuse).await?;
+    changing(config, Missing::Refuse, async |office| publish(office, replay).await).await
+}
+
+async fn publish(office: &Office, Replay { from, to, escrow }: Replay) -> Result<ExitCode, Failure> {
     let mut rows = office.ask(Request::Replay { from, to, escrow }).await?;
     let mut left = 0;
     while let Some(row) = rows.next().await? {

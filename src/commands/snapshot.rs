@@ -7,12 +7,11 @@ use anyhow::anyhow;
 use clap::Subcommand;
 use relayer::config::Config;
 use relayer::control::{Request, SnapshotRow};
-use relayer::snapshot::{self, Folder, Keeper, SnapshotError, Snapshots};
-use relayer::vitals::Vitals;
+use relayer::snapshot::{self, Folder, Snapshots};
 use tokio_util::sync::CancellationToken;
 
-use super::{JsonArray, Missing, Office};
-use crate::{CONFIGURATION, FAULT, Failure, print};
+use super::{JsonArray, Missing, changing, failure, identity, leased};
+use crate::{CONFIGURATION, Failure, print};
 
 #[derive(Subcommand)]
 pub(crate) enum Command {
@@ -53,53 +52,17 @@ fn usage(error: anyhow::Error) -> Failure {
     Failure { code: CONFIGURATION, error }
 }
 
-fn failure(error: SnapshotError) -> Failure {
-    let code = if error.is_configuration() { CONFIGURATION } else { FAULT };
-    Failure { code, error: anyhow!("{error}") }
-}
-
 fn configured(config: &Config) -> Result<Arc<Snapshots<Folder>>, Failure> {
     let missing = || usage(anyhow!("storage.snapshot_dir is not set: set it to the folder of the snapshots"));
     snapshot::configured(&config.storage).ok_or_else(missing)
 }
 
-/// The lease, so that no other instance makes or removes snapshots meanwhile.
-async fn leased(config: &Config, has_store: bool) -> Result<Keeper, Failure> {
-    let folder = config.storage.snapshot_dir.as_ref().expect("looked at before");
-    let (vitals, never) = (Vitals::default(), CancellationToken::new());
-    tokio::select! {
-        keeper = Keeper::begin(&config.storage, folder, has_store, &vitals, &never) => {
-            Ok(keeper.expect("nobody stops it"))
-        }
-        _ = tokio::signal::ctrl_c() => Err(anyhow!("stopped by Ctrl-C").into()),
-    }
-}
-
 async fn create(config: &Config, as_json: bool) -> Result<(), Failure> {
     configured(config)?;
-    let (office, keeper) = match Office::find(config, Missing::Refuse).await? {
-        Office::Here(desk) => {
-            let keeper = leased(config, true).await?;
-            let desk =
-                Arc::into_inner(desk).expect("nobody else has it yet").with_snapshots(keeper.snapshots());
-            let snapshots = Arc::clone(keeper.snapshots());
-            let newest = snapshot::is_newest(snapshots, desk.store(), &config.storage.path).await;
-            if let Err(error) = newest {
-                keeper.release().await;
-                return Err(failure(error));
-            }
-            (Office::Here(Arc::new(desk)), Some(keeper))
-        }
-        beside @ Office::Beside(_) => (beside, None),
-    };
-    let made = match office.ask(Request::Snapshot).await {
-        Ok(mut asking) => asking.next::<SnapshotRow>().await,
-        Err(failure) => Err(failure),
-    };
-    if let Some(keeper) = keeper {
-        keeper.release().await;
-    }
-    let made = made?.ok_or_else(|| anyhow!("the relayer said nothing of a snapshot: try again"))?;
+    let made = changing(config, Missing::Refuse, async |office| {
+        office.ask(Request::Snapshot).await?.next::<SnapshotRow>().await
+    });
+    let made = made.await?.ok_or_else(|| anyhow!("the relayer said nothing of a snapshot: try again"))?;
     match as_json {
         true => {
             let text = serde_json::to_string_pretty(&made).map_err(anyhow::Error::from)?;
@@ -148,11 +111,9 @@ async fn restore(config: &Config, file: Option<&str>) -> Result<(), Failure> {
             "storage.path {path} exists, and is not overwritten: stop the relayer, if it runs, and move the file away first"
         )));
     }
-    let signatures = relayer::signatures(config).map_err(|error| usage(anyhow!("{error}")))?;
-    let identity = relayer::identity(config, &signatures);
+    let (_, identity) = identity(config)?;
     let mut keeper = leased(config, false).await?;
-    let (to, file) = (path.clone(), file.map(str::to_owned));
-    let restoring = tokio::task::spawn_blocking(move || snapshots.restore(&to, &identity, file.as_deref()));
+    let restoring = snapshots.restore(path, &identity, file);
     let stop = CancellationToken::new();
     let restored = tokio::select! {
         restored = keeper.during(restoring, &stop) => restored,
@@ -163,7 +124,7 @@ async fn restore(config: &Config, file: Option<&str>) -> Result<(), Failure> {
     };
     keeper.release().await;
     let restored = restored.map_err(anyhow::Error::from)?.expect("nobody stops it");
-    let restored = restored.map_err(anyhow::Error::from)?.map_err(failure)?;
+    let restored = restored.map_err(failure)?;
     let manifest = restored.ok_or_else(|| anyhow!("there is no snapshot in storage.snapshot_dir yet"))?;
     let (file, made_at, path) = (manifest.file(), manifest.made_at, path.display());
     let next =

@@ -1,19 +1,18 @@
 //! Who answers: whoever has the store open.
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use alloy::primitives::Address;
 use tokio::sync::mpsc;
 use tracing::info;
 
-use super::rows::{EscrowRow, FindingRow, Imported, RegistryRow, SnapshotRow, VerifyRow};
-use super::{IMPORTED_AT_ONCE, PAGE, Progress, Refusal, Replies, Request};
+use super::rows::{EscrowRow, Imported, RegistryRow, SnapshotRow};
+use super::{IMPORTED_AT_ONCE, PAGE, Refusal, Replies, Request};
 use crate::config::Config;
 use crate::event::{BlockRange, Signatures};
+use crate::permit::Permit;
 use crate::publish::Order;
 use crate::rpc::Rpc;
-use crate::scan::{Difference, Finding, Verifier};
 use crate::snapshot::{Folder, Listed, Snapshots};
 use crate::status::{Observer, Status};
 use crate::store::{Store, StoreError, on_disk};
@@ -26,13 +25,19 @@ pub struct Desk {
     pub(super) rpc: Arc<Rpc>,
     /// Where snapshots go.
     snapshots: Option<Arc<Snapshots<Folder>>>,
-    /// The relayer at work; `None`: none runs on this store.
-    relaying: Option<Relaying>,
+    /// While it holds something may be published from here.
+    pub(super) permit: Arc<Permit>,
+    company: Company,
 }
 
-struct Relaying {
-    orders: mpsc::Sender<Order>,
-    observer: Arc<Observer>,
+/// Whose store it is.
+enum Company {
+    /// No relayer's that runs.
+    Nobody,
+    /// That of a relayer at work.
+    Relaying { orders: mpsc::Sender<Order>, observer: Arc<Observer> },
+    /// That of one that waits for the lease: another instance may be at work.
+    Standby { observer: Arc<Observer> },
 }
 
 impl Desk {
@@ -45,19 +50,39 @@ impl Desk {
         orders: mpsc::Sender<Order>,
         observer: Arc<Observer>,
     ) -> Self {
-        Self {
-            config,
-            signatures,
-            store,
-            rpc,
-            snapshots: None,
-            relaying: Some(Relaying { orders, observer }),
-        }
+        Self::of(config, signatures, store, rpc, Company::Relaying { orders, observer })
+    }
+
+    /// Of a relayer that waits for the lease, and will go on from this store: one can look.
+    pub fn standing_by(
+        config: Config,
+        signatures: Arc<Signatures>,
+        store: Arc<Store>,
+        rpc: Arc<Rpc>,
+        observer: Arc<Observer>,
+    ) -> Self {
+        Self::of(config, signatures, store, rpc, Company::Standby { observer })
+    }
+
+    fn of(
+        config: Config,
+        signatures: Arc<Signatures>,
+        store: Arc<Store>,
+        rpc: Arc<Rpc>,
+        company: Company,
+    ) -> Self {
+        let permit = Arc::new(Permit::forever());
+        Self { config, signatures, store, rpc, snapshots: None, permit, company }
     }
 
     /// Makes snapshots there, when asked to.
     pub fn with_snapshots(self, snapshots: &Arc<Snapshots<Folder>>) -> Self {
         Self { snapshots: Some(Arc::clone(snapshots)), ..self }
+    }
+
+    /// Publishes only while that permit holds.
+    pub fn permitted_by(self, permit: Arc<Permit>) -> Self {
+        Self { permit, ..self }
     }
 
     /// The store.
@@ -72,16 +97,35 @@ impl Desk {
         store: Arc<Store>,
     ) -> Result<Self, reqwest::Error> {
         let rpc = Arc::new(Rpc::new(config.chain.id, &config.rpc)?);
-        Ok(Self { config, signatures, store, rpc, snapshots: None, relaying: None })
+        Ok(Self::of(config, signatures, store, rpc, Company::Nobody))
     }
 
     /// The publisher at work.
     pub(super) fn orders(&self) -> Option<&mpsc::Sender<Order>> {
-        self.relaying.as_ref().map(|relaying| &relaying.orders)
+        match &self.company {
+            Company::Relaying { orders, .. } => Some(orders),
+            Company::Nobody | Company::Standby { .. } => None,
+        }
+    }
+
+    /// Whether that may be done here: not beside one that stands by, if it publishes or changes something.
+    fn is_permitted(&self, request: &Request) -> Result<(), Refusal> {
+        let observer = match &self.company {
+            Company::Standby { observer } if request.changes() => observer,
+            Company::Standby { .. } | Company::Nobody | Company::Relaying { .. } => return Ok(()),
+        };
+        Err(Refusal::fault(match observer.vitals().now_known().lease_holder {
+            Some(holder) => format!(
+                "the relayer here stands by, as another instance holds the lease in storage.snapshot_dir ({holder}): run it \
+                 there, beside that relayer, or stop both first"
+            ),
+            None => "the relayer here is starting: try again in a moment".to_owned(),
+        }))
     }
 
     /// Answers one request. Dropped in the middle, it leaves nothing half done.
     pub(super) async fn answer(&self, request: Request, to: &Replies) -> Result<(), Refusal> {
+        self.is_permitted(&request)?;
         match request {
             Request::Status => self.status(to).await,
             Request::Escrows => self.escrows(to).await,
@@ -105,12 +149,16 @@ impl Desk {
     }
 
     async fn status(&self, to: &Replies) -> Result<(), Refusal> {
-        let status = match &self.relaying {
-            Some(Relaying { observer, .. }) => {
+        let status = match &self.company {
+            Company::Relaying { observer, .. } => {
                 let observer = Arc::clone(observer);
                 self.on_disk(move |_| observer.status()).await?
             }
-            None => self.on_disk(Status::of_store).await?,
+            Company::Standby { observer } => {
+                let observer = Arc::clone(observer);
+                self.on_disk(move |store| observer.standby_status(store)).await?
+            }
+            Company::Nobody => self.on_disk(Status::of_store).await?,
         };
         to.row(&status).await
     }
@@ -145,7 +193,7 @@ impl Desk {
         if from > next_block {
             return Err(too_far);
         }
-        let running = self.relaying.is_some();
+        let running = self.orders().is_some();
         let imported = self
             .on_disk(move |store| match running {
                 true => store.import_beside(&escrows, from),
@@ -168,88 +216,9 @@ impl Desk {
         let manifest = made.map_err(|error| refuse(error.to_string()))?;
         to.row(&SnapshotRow::from(&Listed { file: manifest.file(), manifest: Ok(manifest) })).await
     }
-
-    async fn verify(&self, asked: BlockRange, to: &Replies) -> Result<(), Refusal> {
-        if let Some((_, read)) = self.store.late_read() {
-            return Err(Refusal::fault(format!(
-                "history is still being read once more, from block {} on, and what it has not reached would seem to be \
-                 missing: verify when that is done",
-                read.next
-            )));
-        }
-        let first = self.on_disk(|store| store.comparable_from()).await?;
-        let last = self.store.next_block().checked_sub(1);
-        let comparable = last.and_then(|last| BlockRange::new(asked.from().max(first), asked.to().min(last)));
-        let Some(blocks) = comparable else {
-            let what = match last.filter(|last| *last >= first) {
-                Some(last) => format!("blocks {first} to {last} can be"),
-                None => "no block was read yet".to_owned(),
-            };
-            return Err(Refusal::usage(format!("blocks {asked} cannot be compared: {what}")));
-        };
-        if blocks != asked {
-            let why = "earlier ones left no trace in this store, later ones were not read yet";
-            to.note(format!("Only blocks {blocks} of {asked} are compared: {why}")).await?;
-        }
-        let finalized = self.store.finalized();
-        let is_final = |block: u64| finalized.is_some_and(|finalized| block <= finalized);
-        if !is_final(blocks.to()) {
-            let upto = finalized.map_or("none is".to_owned(), |block| format!("up to {block}"));
-            to.note(format!("Not all blocks are final ({upto}): what is said of later ones is true for now"))
-                .await?;
-        }
-        let (chain, store, signatures) =
-            (Arc::clone(&self.rpc), Arc::clone(&self.store), Arc::clone(&self.signatures));
-        let mut verifier = Verifier::new(chain, store, signatures, &self.config, blocks);
-        let (mut events, mut extra, mut progress) = (0, BTreeSet::new(), Progress::new());
-        let refuse = |error: crate::scan::VerifyError| Refusal::fault(error.to_string());
-        while let Some(verified) = verifier.step().await.map_err(refuse)? {
-            events += verified.events as u64;
-            for finding in &verified.findings {
-                if finding.difference == Difference::Extra {
-                    extra.insert(finding.place);
-                }
-                to.row(&VerifyRow::Finding(finding_row(finding, is_final(finding.place.0)))).await?;
-            }
-            for escrow in &verified.unregistered {
-                to.row(&VerifyRow::Unregistered { escrow: format!("{escrow:#x}") }).await?;
-            }
-            let done = verified.blocks.to();
-            progress.tell(to, || format!("Compared up to block {done} of {}", blocks.to())).await?;
-        }
-        let unkept = self.on_disk(move |store| store.unkept(blocks)).await?;
-        for (block, log_index) in unkept.into_iter().filter(|place| !extra.contains(place)) {
-            let difference = "unkept".to_owned();
-            let (escrow, event, event_id) = (None, None, None);
-            let is_final = is_final(block);
-            let row = FindingRow { difference, block, log_index, escrow, event, event_id, is_final };
-            to.row(&VerifyRow::Finding(row)).await?;
-        }
-        let final_to = (!is_final(blocks.to())).then_some(finalized.unwrap_or(0));
-        to.row(&VerifyRow::Verified { blocks: blocks.blocks(), events, final_to }).await
-    }
 }
 
 fn range(from: u64, to: u64) -> Result<BlockRange, Refusal> {
     let empty = || Refusal::usage(format!("--from {from} --to {to}: the first block comes after the last"));
     BlockRange::new(from, to).ok_or_else(empty)
-}
-
-fn finding_row(finding: &Finding, is_final: bool) -> FindingRow {
-    let difference = match finding.difference {
-        Difference::Missing => "missing",
-        Difference::Extra => "extra",
-        Difference::Differs => "differs",
-        Difference::Undecodable => "undecodable",
-    };
-    let (block, log_index) = finding.place;
-    FindingRow {
-        difference: difference.to_owned(),
-        block,
-        log_index,
-        escrow: finding.escrow.map(|escrow| format!("{escrow:#x}")),
-        event: finding.event.clone(),
-        event_id: finding.event_id.clone(),
-        is_final,
-    }
 }

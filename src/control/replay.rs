@@ -59,7 +59,8 @@ impl Desk {
         let sink = ConfiguredSink::open(&self.config.sink).await;
         let sink = Arc::new(sink.map_err(|error| Refusal::usage(error.to_string()))?);
         let (orders, taken) = mpsc::channel(ORDERS);
-        let publisher = Publisher::new(sink, Arc::clone(&self.store), &self.config.sink);
+        let publisher = Publisher::new(sink, Arc::clone(&self.store), &self.config.sink)
+            .permitted_by(Arc::clone(&self.permit));
         tokio::select! {
             fed = self.feed(&orders, blocks, escrow, to) => fed,
             error = publish(publisher.only_ordered().taking(taken)) => Err(Refusal::fault(error.to_string())),

@@ -65,6 +65,14 @@ fn troubles(status: &Status, expected: &Expectations) -> Vec<Reason> {
     if lag == 0 && head_age > expected.head_age.as_secs() {
         reasons.push(because("head_not_seen", format!("the chain's head was seen {head_age} s ago")));
     }
+    if chain.factory_without_code {
+        let text = format!(
+            "factory {:#x} has no code: nothing is read before there is a contract; a wrong factory.address, or a node \
+             that is still syncing",
+            chain.factory
+        );
+        reasons.push(because("factory_without_code", text));
+    }
     if chain.retractions_stopped {
         let text =
             "a fork would withdraw more messages than chain.max_retractions_per_minute: reading stands still";
@@ -127,6 +135,7 @@ mod tests {
         Status {
             version: "1.0.0".into(),
             phase: Phase::Following,
+            lease_holder: None,
             at: 1_000_000,
             uptime_seconds: Some(60),
             chain: ChainStatus {
@@ -140,6 +149,7 @@ mod tests {
                 finalized: None,
                 lag_blocks: Some(0),
                 retractions_stopped: false,
+                factory_without_code: false,
             },
             escrows: None,
             events: Some(Events {
@@ -197,6 +207,7 @@ mod tests {
         assert_eq!(reasons(|it| it.chain.lag_blocks = Some(101)), ["behind"]);
         assert_eq!(reasons(|it| it.chain.head_age_seconds = Some(121)), ["head_not_seen"]);
         assert_eq!(reasons(|it| it.chain.retractions_stopped = true), ["retractions_stopped"]);
+        assert_eq!(reasons(|it| it.chain.factory_without_code = true), ["factory_without_code"]);
         assert_eq!(reasons(|it| events(it).oldest_unblocked_seconds = Some(121)), ["events_wait"]);
         assert_eq!(reasons(|it| it.sink.outage_since = Some(999_990)), ["sink_outage"]);
         assert_eq!(reasons(|it| it.sink.stopped = true), ["publishing_stopped"]);

@@ -1,6 +1,7 @@
 //! Making, listing, pruning and restoring snapshots.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
+use std::fmt;
 use std::io;
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -8,17 +9,22 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use thiserror::Error;
-use tokio::time::Instant;
+use tokio::task::spawn_blocking;
+use tokio::time::{Instant, sleep};
 use tracing::warn;
 
+use super::joined;
 use super::manifest::{Manifest, Part, sha256};
 use super::volume::Volume;
 use crate::permit::Permit;
 use crate::store::{self, Identity, Piece, Restored, Store, StoreError};
 
-/// How often a part is read before it counts as damaged, and the pause between.
+/// How often a file is read before it cannot be read, and the pause between.
 const ATTEMPTS: u32 = 3;
 const BETWEEN_ATTEMPTS: Duration = Duration::from_millis(500);
+/// The pauses before a snapshot that could not be read is tried again: what it would cost to take an older one is more.
+const PATIENCE: [Duration; 4] =
+    [Duration::from_secs(1), Duration::from_secs(3), Duration::from_secs(9), Duration::from_secs(27)];
 
 /// Why there is no snapshot, or no store from one.
 #[derive(Debug, Error)]
@@ -257,14 +263,16 @@ impl<V: Volume> Snapshots<V> {
     /// All snapshots, the newest first.
     pub fn list(&self) -> Result<Vec<Listed>, SnapshotError> {
         let manifests = self.manifests()?.into_iter();
-        Ok(manifests.map(|(_, file)| Listed { manifest: self.manifest(&file), file }).collect())
+        Ok(manifests
+            .map(|(_, file)| Listed { manifest: self.manifest(&file).map_err(|why| why.to_string()), file })
+            .collect())
     }
 
-    fn manifest(&self, file: &str) -> Result<Manifest, String> {
+    fn manifest(&self, file: &str) -> Result<Manifest, Unusable> {
         match self.read_patiently(file) {
-            Ok(Some(bytes)) => Manifest::decode(&bytes),
-            Ok(None) => Err("it is gone".to_owned()),
-            Err(error) => Err(error.to_string()),
+            Ok(Some(bytes)) => Manifest::decode(&bytes).map_err(Unusable::Damaged),
+            Ok(None) => Err(Unusable::Damaged("it is gone".to_owned())),
+            Err(error) => Err(Unusable::Unread(error.to_string())),
         }
     }
 
@@ -297,41 +305,78 @@ impl<V: Volume> Snapshots<V> {
 
     /// Makes a store at `path` of the newest snapshot that is whole, or of the one in that file. `None`: there is no
     /// snapshot. `identity`: what the store is to be for; a snapshot of another one is an error.
-    pub fn restore(
-        &self,
+    ///
+    /// One that cannot be read may be whole: it is tried again for a while before an older one is taken.
+    pub async fn restore(
+        self: &Arc<Self>,
         path: &Path,
         identity: &Identity,
         file: Option<&str>,
     ) -> Result<Option<Manifest>, SnapshotError> {
-        let listed = self.list()?;
-        let asked_for = |listed: &&Listed| file.is_none_or(|file| listed.file == file);
-        let candidates: Vec<&Listed> = listed.iter().filter(asked_for).collect();
-        if let (Some(file), true) = (file, candidates.is_empty()) {
-            return Err(SnapshotError::Unknown(file.to_owned()));
-        }
-        // What was there when it was restored is no sign that another instance has gone on since.
-        let restored_at = Restored {
-            number: listed.first().and_then(|newest| Manifest::number_of(&newest.file)).unwrap_or(0),
-            after: listed.iter().filter_map(|listed| Some(listed.manifest.as_ref().ok()?.epoch)).max(),
-        };
-        let mut newest = None;
-        for Listed { file, manifest } in &candidates {
-            let restored = match manifest {
-                Ok(manifest) => self.restore_from(manifest, path, identity, restored_at).map(|()| manifest),
-                Err(why) => Err(Unusable::Damaged(why.clone())),
-            };
-            match restored {
-                Ok(manifest) => return Ok(Some(manifest.clone())),
-                Err(Unusable::Fault(error)) => return Err(error),
-                Err(Unusable::Damaged(why)) => {
-                    warn!(snapshot = %file, %why, "The snapshot {file} cannot be used: {why}");
-                    newest.get_or_insert((file.clone(), why));
+        let mut tried: BTreeMap<String, usize> = BTreeMap::new();
+        loop {
+            let given_up = tried.iter().filter(|(_, times)| **times > PATIENCE.len());
+            let given_up: HashSet<String> = given_up.map(|(file, _)| file.clone()).collect();
+            let (snapshots, path, identity) = (Arc::clone(self), path.to_owned(), identity.clone());
+            let asked_for = file.map(str::to_owned);
+            let attempt = spawn_blocking(move || {
+                snapshots.try_restore(&path, &identity, asked_for.as_deref(), &given_up)
+            });
+            match joined(attempt.await)? {
+                Ok(restored) => return Ok(restored),
+                Err(Unread { file, why }) => {
+                    let times = tried.entry(file.clone()).or_default();
+                    if let Some(pause) = PATIENCE.get(*times) {
+                        let seconds = pause.as_secs();
+                        warn!(
+                            snapshot = %file, %why,
+                            "The snapshot {file} cannot be read: {why}; trying again in {seconds} s"
+                        );
+                        sleep(*pause).await;
+                    }
+                    *times += 1;
                 }
             }
         }
-        match newest {
-            None => Ok(None),
-            Some((newest, why)) => Err(SnapshotError::NoneWhole { count: candidates.len(), newest, why }),
+    }
+
+    /// The same once. `given_up`: an older one is taken instead of these, should they still not be read.
+    fn try_restore(
+        &self,
+        path: &Path,
+        identity: &Identity,
+        file: Option<&str>,
+        given_up: &HashSet<String>,
+    ) -> Result<Result<Option<Manifest>, Unread>, SnapshotError> {
+        let files: Vec<String> = self.manifests()?.into_iter().map(|(_, file)| file).collect();
+        let all: Vec<(&String, Result<Manifest, Unusable>)> =
+            files.iter().map(|file| (file, self.manifest(file))).collect();
+        // What was there when it was restored is no sign that another instance has gone on since.
+        let restored_at = Restored {
+            number: files.first().and_then(|newest| Manifest::number_of(newest)).unwrap_or(0),
+            after: all.iter().filter_map(|(_, manifest)| Some(manifest.as_ref().ok()?.epoch)).max(),
+        };
+        let candidates = all.into_iter().filter(|(candidate, _)| file.is_none_or(|file| **candidate == file));
+        let (mut count, mut newest) = (0, None);
+        for (file, manifest) in candidates {
+            count += 1;
+            let restored =
+                manifest.and_then(|it| self.restore_from(&it, path, identity, restored_at).map(|()| it));
+            let why = match restored {
+                Ok(manifest) => return Ok(Ok(Some(manifest))),
+                Err(Unusable::Fault(error)) => return Err(error),
+                Err(Unusable::Unread(why)) if !given_up.contains(file) => {
+                    return Ok(Err(Unread { file: file.clone(), why }));
+                }
+                Err(Unusable::Unread(why) | Unusable::Damaged(why)) => why,
+            };
+            warn!(snapshot = %file, %why, "The snapshot {file} cannot be used: {why}");
+            newest.get_or_insert((file.clone(), why));
+        }
+        match (newest, file) {
+            (None, None) => Ok(Ok(None)),
+            (None, Some(file)) => Err(SnapshotError::Unknown(file.to_owned())),
+            (Some((newest, why)), _) => Err(SnapshotError::NoneWhole { count, newest, why }),
         }
     }
 
@@ -356,7 +401,7 @@ impl<V: Volume> Snapshots<V> {
             let bytes = match self.read_patiently(&part.file()) {
                 Ok(Some(bytes)) => bytes,
                 Ok(None) => return Err(Unusable::Damaged(format!("{} is missing", part.file()))),
-                Err(error) => return Err(Unusable::Damaged(format!("{}: {error}", part.file()))),
+                Err(error) => return Err(Unusable::Unread(format!("{}: {error}", part.file()))),
             };
             match sha256(&bytes) == part.sha256 {
                 true => Ok((part.table.clone(), bytes)),
@@ -380,12 +425,29 @@ impl<V: Volume> Snapshots<V> {
     }
 }
 
+/// A snapshot that cannot be read: its file, and why.
+struct Unread {
+    file: String,
+    why: String,
+}
+
 /// Why a snapshot was not restored.
 enum Unusable {
+    /// The volume fails. It may be whole all the same.
+    Unread(String),
     /// It is not whole: an older one may be.
     Damaged(String),
     /// Another one would not help.
     Fault(SnapshotError),
+}
+
+impl fmt::Display for Unusable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unread(why) | Self::Damaged(why) => f.write_str(why),
+            Self::Fault(error) => error.fmt(f),
+        }
+    }
 }
 
 impl From<StoreError> for Unusable {

@@ -16,6 +16,7 @@
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
+use std::{env, fs};
 
 use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep, timeout};
@@ -24,7 +25,7 @@ use tracing::{info, warn};
 
 use super::volume::Volume;
 use crate::permit::{Moment, Permit};
-use crate::vitals::{Stage, Vitals};
+use crate::vitals::Vitals;
 
 const FILE: &str = "lease.json";
 const LOOK: Duration = Duration::from_secs(1);
@@ -39,8 +40,27 @@ const EXPIRY: Duration = Duration::from_secs(20);
 struct Claim {
     /// Whose it is; `None`: nobody's.
     holder: Option<String>,
+    /// The same to people.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    by: Option<String>,
     /// Another one with each change.
     beat: u64,
+}
+
+impl Claim {
+    /// Of this process.
+    fn of(holder: &str, beat: u64) -> Self {
+        Self { holder: Some(holder.to_owned()), by: Some(this_process()), beat }
+    }
+
+    /// Whose it is, to people; `None`: nobody's.
+    fn whose(&self) -> Option<String> {
+        let unnamed = |holder: &String| match holder.is_empty() {
+            true => "an instance whose name cannot be read".to_owned(),
+            false => format!("the instance {holder}"),
+        };
+        self.holder.as_ref().map(|holder| self.by.clone().unwrap_or_else(|| unnamed(holder)))
+    }
 }
 
 /// The lease, held by this process.
@@ -52,6 +72,24 @@ pub(super) struct Lease<V> {
     /// When it began to change the file last, and for how long nobody may have changed it before.
     wrote: (Moment, Duration),
     permit: Arc<Permit>,
+}
+
+/// Why the lease is not waited for any longer.
+#[derive(Debug)]
+pub(super) enum NotTaken {
+    /// Another instance holds it, and is alive: its name.
+    Held(String),
+    /// The volume fails.
+    Volume(io::Error),
+}
+
+/// Whether a lease that another one holds is waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Wait {
+    /// For as long as it takes.
+    ForIt,
+    /// No longer than it takes to see whether its holder is alive.
+    ForTheDead,
 }
 
 /// Why the lease is not held any more.
@@ -68,25 +106,25 @@ impl<V: Volume> Lease<V> {
     pub async fn acquire(
         volume: Arc<V>,
         holder: String,
+        wait: Wait,
         vitals: &Vitals,
         stop: &CancellationToken,
-    ) -> Option<Self> {
-        let lease = tokio::select! {
+    ) -> Result<Option<Self>, NotTaken> {
+        tokio::select! {
             biased;
-            () = stop.cancelled() => None,
-            lease = Self::wait_for(Arc::clone(&volume), holder.clone(), vitals) => Some(lease),
-        };
-        if lease.is_none() {
-            // The name may have been written already: nobody need wait for it to expire.
-            let _ = timeout(LOOK, give_up(&volume, &holder)).await;
+            () = stop.cancelled() => {
+                // The name may have been written already: nobody need wait for it to expire.
+                let _ = timeout(LOOK, give_up(&volume, &holder)).await;
+                Ok(None)
+            }
+            lease = Self::wait_for(Arc::clone(&volume), holder.clone(), wait, vitals) => lease.map(Some),
         }
-        lease
     }
 
-    async fn wait_for(volume: Arc<V>, holder: String, vitals: &Vitals) -> Self {
+    async fn wait_for(volume: Arc<V>, holder: String, wait: Wait, vitals: &Vitals) -> Result<Self, NotTaken> {
         // What was seen last, and since when it has been that.
         let mut seen: Option<(Option<Claim>, Instant)> = None;
-        let (mut said, mut failing) = (false, false);
+        let mut waiting = Waiting { wait, vitals, said: false, failing: false };
         loop {
             let looked = Moment::now();
             match read(&volume).await {
@@ -94,51 +132,47 @@ impl<V: Volume> Lease<V> {
                 Ok(Some(claim)) if claim.holder.as_ref() == Some(&holder) => {
                     // Others may be about to take it.
                     let wrote = (looked, EXPIRY - TRUST);
-                    return Self::held(volume, holder, claim.beat, looked, wrote);
+                    return Ok(Self::held(volume, holder, claim.beat, looked, wrote));
                 }
                 Ok(claim) => {
-                    failing = false;
+                    waiting.failing = false;
                     let since = match &seen {
                         Some((before, since)) if *before == claim => *since,
                         Some(_) | None => Instant::now(),
                     };
-                    let is_free = claim.as_ref().is_none_or(|claim| claim.holder.is_none());
-                    if is_free || since.elapsed() >= EXPIRY {
+                    let whose = claim.as_ref().and_then(Claim::whose);
+                    let Some(whose) = whose.filter(|_| since.elapsed() < EXPIRY) else {
                         let beat = claim.as_ref().map_or(0, |claim| claim.beat) + 1;
-                        if let Some(lease) = Self::claim(&volume, &holder, beat).await {
-                            return lease;
+                        match Self::claim(&volume, &holder, beat).await {
+                            Ok(Some(lease)) => return Ok(lease),
+                            Ok(None) => {}
+                            Err(error) => {
+                                waiting.unwritten(error)?;
+                                sleep(LOOK).await;
+                            }
                         }
                         seen = None;
                         continue;
-                    }
-                    if !std::mem::replace(&mut said, true) {
-                        vitals.entered(Stage::Standby);
-                        info!("Another instance holds the lease: standing by until it ends");
-                    }
+                    };
+                    let is_alive = seen.is_some_and(|(before, _)| before != claim);
+                    waiting.seen(whose, is_alive)?;
                     seen = Some((claim, since));
                 }
-                Err(error) if !std::mem::replace(&mut failing, true) => {
-                    warn!(%error, "storage.snapshot_dir cannot be read: looking again");
-                }
-                Err(_) => {}
+                Err(error) => waiting.unread(error)?,
             }
             sleep(LOOK).await;
         }
     }
 
     /// Writes this name, and looks whether it stays.
-    async fn claim(volume: &Arc<V>, holder: &str, beat: u64) -> Option<Self> {
-        let claim = Claim { holder: Some(holder.to_owned()), beat };
+    async fn claim(volume: &Arc<V>, holder: &str, beat: u64) -> io::Result<Option<Self>> {
+        let claim = Claim::of(holder, beat);
         let wrote = (Moment::now(), Duration::ZERO);
-        if let Err(error) = write(volume, &claim).await {
-            warn!(%error, "storage.snapshot_dir cannot be written: trying again");
-            sleep(LOOK).await;
-            return None;
-        }
+        write(volume, &claim).await?;
         sleep(SETTLE).await;
         let looked = Moment::now();
         let stays = read(volume).await.is_ok_and(|read| read == Some(claim));
-        stays.then(|| Self::held(Arc::clone(volume), holder.to_owned(), beat, looked, wrote))
+        Ok(stays.then(|| Self::held(Arc::clone(volume), holder.to_owned(), beat, looked, wrote)))
     }
 
     fn held(volume: Arc<V>, holder: String, beat: u64, looked: Moment, wrote: (Moment, Duration)) -> Self {
@@ -198,7 +232,7 @@ impl<V: Volume> Lease<V> {
         }
         self.beat += 1;
         let began = Moment::now();
-        let claim = Claim { holder: Some(self.holder.clone()), beat: self.beat };
+        let claim = Claim::of(&self.holder, self.beat);
         let written = write(&self.volume, &claim).await;
         if self.unchanged_for() >= EXPIRY {
             return Ok(Err(Lost::TooLate));
@@ -217,6 +251,66 @@ impl<V: Volume> Lease<V> {
     }
 }
 
+/// Somebody who waits for the lease: what that looks like from outside.
+struct Waiting<'a> {
+    wait: Wait,
+    vitals: &'a Vitals,
+    said: bool,
+    failing: bool,
+}
+
+impl Waiting<'_> {
+    /// It is another's, who may be alive for all that is known, or is.
+    fn seen(&mut self, whose: String, is_alive: bool) -> Result<(), NotTaken> {
+        let first = !std::mem::replace(&mut self.said, true);
+        match self.wait {
+            Wait::ForTheDead if is_alive => return Err(NotTaken::Held(whose)),
+            Wait::ForTheDead if first => {
+                info!(holder = %whose, "Another instance has the lease: looking whether it is alive");
+            }
+            Wait::ForTheDead => {}
+            Wait::ForIt => {
+                if first {
+                    info!(holder = %whose, "Another instance holds the lease: standing by until it ends");
+                }
+                self.vitals.stands_by(whose);
+            }
+        }
+        Ok(())
+    }
+
+    fn unread(&mut self, error: io::Error) -> Result<(), NotTaken> {
+        let first = !std::mem::replace(&mut self.failing, true);
+        match self.wait {
+            Wait::ForTheDead => return Err(NotTaken::Volume(error)),
+            Wait::ForIt if first => warn!(%error, "storage.snapshot_dir cannot be read: looking again"),
+            Wait::ForIt => {}
+        }
+        Ok(())
+    }
+
+    fn unwritten(&self, error: io::Error) -> Result<(), NotTaken> {
+        match self.wait {
+            Wait::ForTheDead => Err(NotTaken::Volume(error)),
+            Wait::ForIt => {
+                warn!(%error, "storage.snapshot_dir cannot be written: trying again");
+                Ok(())
+            }
+        }
+    }
+}
+
+/// Where somebody finds this process. On Cloud Run all have one host's name, and revisions tell them apart.
+fn this_process() -> String {
+    let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let host = if host.trim().is_empty() { "unknown" } else { host.trim() };
+    let process = std::process::id();
+    match env::var("K_REVISION") {
+        Ok(revision) => format!("host {host}, process {process}, revision {revision}"),
+        Err(_) => format!("host {host}, process {process}"),
+    }
+}
+
 fn slow() -> io::Error {
     io::Error::new(io::ErrorKind::TimedOut, "it does not answer")
 }
@@ -224,8 +318,8 @@ fn slow() -> io::Error {
 /// Takes that name out of the file, if it is there.
 async fn give_up<V: Volume>(volume: &Arc<V>, holder: &str) -> io::Result<()> {
     match read(volume).await? {
-        Some(Claim { holder: Some(name), beat }) if name == holder => {
-            write(volume, &Claim { holder: None, beat: beat + 1 }).await
+        Some(Claim { holder: Some(name), beat, .. }) if name == holder => {
+            write(volume, &Claim { holder: None, by: None, beat: beat + 1 }).await
         }
         Some(_) | None => Ok(()),
     }
@@ -234,7 +328,7 @@ async fn give_up<V: Volume>(volume: &Arc<V>, holder: &str) -> io::Result<()> {
 /// What stands in the file; something that is no claim (it may be half written) is somebody's whose name is not known.
 async fn read<V: Volume>(volume: &Arc<V>) -> io::Result<Option<Claim>> {
     let bytes = on_volume(volume, |volume| volume.read(FILE)).await?;
-    let unknown = |bytes: &[u8]| Claim { holder: Some(String::new()), beat: bytes.len() as u64 };
+    let unknown = |bytes: &[u8]| Claim { holder: Some(String::new()), by: None, beat: bytes.len() as u64 };
     Ok(bytes.map(|bytes| serde_json::from_slice(&bytes).unwrap_or_else(|_| unknown(&bytes))))
 }
 

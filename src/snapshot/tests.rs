@@ -8,7 +8,7 @@ use std::sync::Mutex;
 
 use alloy::primitives::Address;
 
-use super::lease::{Lease, Lost};
+use super::lease::{Lease, Lost, NotTaken, Wait};
 use super::*;
 use crate::event::BlockRef;
 use crate::store::tests::{block, escrow, event, identity, memory, stretch};
@@ -101,9 +101,9 @@ impl Volume for Bucket {
     }
 }
 
-fn snapshots() -> (Arc<Bucket>, Snapshots<Bucket>) {
+fn snapshots() -> (Arc<Bucket>, Arc<Snapshots<Bucket>>) {
     let bucket = Arc::new(Bucket::default());
-    (Arc::clone(&bucket), Snapshots::new(bucket))
+    (Arc::clone(&bucket), Arc::new(Snapshots::new(bucket)))
 }
 
 /// A store with a little of everything in it, and how it goes on.
@@ -148,10 +148,20 @@ struct Restored {
     _folder: tempfile::TempDir,
 }
 
-fn restored(snapshots: &Snapshots<Bucket>) -> Result<Option<Restored>, SnapshotError> {
+/// Pauses between attempts take no time.
+fn restore(
+    snapshots: &Arc<Snapshots<Bucket>>,
+    path: &Path,
+    identity: &Identity,
+) -> Result<Option<Manifest>, SnapshotError> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
+    runtime.unwrap().block_on(snapshots.restore(path, identity, None))
+}
+
+fn restored(snapshots: &Arc<Snapshots<Bucket>>) -> Result<Option<Restored>, SnapshotError> {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("relayer.redb");
-    let made = snapshots.restore(&path, &identity(), None);
+    let made = restore(snapshots, &path, &identity());
     assert_eq!(path.exists(), matches!(made, Ok(Some(_))), "a store is there exactly if it was restored");
     let Some(manifest) = made? else { return Ok(None) };
     let store = Store::open(&path, identity(), None, Added::Leave).unwrap();
@@ -255,7 +265,7 @@ fn a_store_is_not_put_in_the_place_of_one_that_came_to_be_meanwhile() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("relayer.redb");
     fs::write(&path, "another's").unwrap();
-    assert!(snapshots.restore(&path, &identity(), None).is_err());
+    assert!(restore(&snapshots, &path, &identity()).is_err());
     assert_eq!(fs::read_to_string(&path).unwrap(), "another's");
 }
 
@@ -302,7 +312,7 @@ fn of_damaged_snapshots_the_newest_that_is_whole_is_restored() {
         ("a part that cannot be read", |bucket, it| {
             // More often than it is tried.
             let file: &'static str = changed_part(it).leak();
-            bucket.fails(file, &[Fault::Stale; 9]);
+            bucket.fails(file, &[Fault::Stale; 99]);
         }),
     ];
     for (what, damage) in table {
@@ -366,6 +376,21 @@ fn a_handle_that_goes_stale_is_opened_again() {
 }
 
 #[test]
+fn a_snapshot_that_cannot_be_read_for_a_while_is_waited_for_before_an_older_one_is_taken() {
+    let kinds: [fn(&Manifest) -> String; 2] = [Manifest::file, changed_part];
+    for file in kinds {
+        let (bucket, snapshots) = snapshots();
+        let store = lived();
+        snapshots.create(&store, None).unwrap();
+        go_on(&store, 6);
+        let newer = snapshots.create(&store, None).unwrap();
+        bucket.fails(file(&newer).leak(), &[Fault::Stale; 7]);
+        let Restored { store: again, manifest, .. } = restored(&snapshots).unwrap().unwrap();
+        assert_eq!((manifest.number, rows(&again)), (newer.number, rows(&store)), "{}", file(&newer));
+    }
+}
+
+#[test]
 fn one_that_would_be_late_is_not_announced() {
     let (bucket, snapshots) = snapshots();
     let refused = snapshots.create(&lived(), Some(Instant::now()));
@@ -406,7 +431,7 @@ fn a_snapshot_of_another_relay_is_refused_and_both_are_named() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("relayer.redb");
     let other = Identity { chain_id: 5, ..identity() };
-    let refused = snapshots.restore(&path, &other, None).unwrap_err();
+    let refused = restore(&snapshots, &path, &other).unwrap_err();
     assert!(refused.is_configuration());
     let text = refused.to_string();
     assert!(text.contains("snapshot-000000000001.json") && text.contains("configuration 5"), "{text}");
@@ -454,7 +479,8 @@ const SECOND: Duration = Duration::from_secs(1);
 fn acquire(bucket: &Arc<Bucket>, name: &str) -> tokio::task::JoinHandle<Lease<Bucket>> {
     let (bucket, name) = (Arc::clone(bucket), name.to_owned());
     tokio::spawn(async move {
-        Lease::acquire(bucket, name, &Vitals::default(), &CancellationToken::new()).await.unwrap()
+        let (vitals, never) = (Vitals::default(), CancellationToken::new());
+        Lease::acquire(bucket, name, Wait::ForIt, &vitals, &never).await.unwrap().unwrap()
     })
 }
 
@@ -493,6 +519,46 @@ async fn the_lease_of_a_dead_holder_expires_and_its_permit_ends_before() {
     assert!(!permit.holds() && !second.is_finished());
     second.await.unwrap();
     assert!((20 * SECOND..30 * SECOND).contains(&died.elapsed()), "{:?}", died.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_waits_for_the_dead_alone_takes_their_lease_and_is_told_who_is_alive() {
+    let bucket: Arc<Bucket> = Arc::default();
+    let take = async || {
+        let (bucket, vitals, never) = (Arc::clone(&bucket), Vitals::default(), CancellationToken::new());
+        Lease::acquire(bucket, "command".to_owned(), Wait::ForTheDead, &vitals, &never).await
+    };
+    let mut first = acquire(&bucket, "first").await.unwrap();
+    let working = tokio::spawn(async move {
+        tokio::select! {
+            lost = first.keep() => panic!("{lost:?}"),
+            () = sleep(60 * SECOND) => {}
+        }
+    });
+    let Err(NotTaken::Held(by)) = take().await else { panic!("it is held") };
+    assert!(by.contains(&format!("process {}", std::process::id())), "{by}");
+    assert!(!working.is_finished());
+    // It dies at the end of that, and what it held expires.
+    working.await.unwrap();
+    assert!(take().await.unwrap().unwrap().permit().holds());
+    bucket.fails("lease.json", &[Fault::Stale]);
+    assert!(matches!(take().await, Err(NotTaken::Volume(_))), "nobody waits for a volume that fails");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lease_of_an_earlier_version_is_somebodys_too() {
+    let bucket: Arc<Bucket> = Arc::default();
+    let beating = Arc::clone(&bucket);
+    let beats = tokio::spawn(async move {
+        for beat in 1.. {
+            beating.write("lease.json", format!(r#"{{"holder":"ab12","beat":{beat}}}"#).as_bytes()).unwrap();
+            sleep(4 * SECOND).await;
+        }
+    });
+    let (vitals, never) = (Vitals::default(), CancellationToken::new());
+    let taken = Lease::acquire(bucket, "command".to_owned(), Wait::ForTheDead, &vitals, &never).await;
+    assert!(matches!(taken, Err(NotTaken::Held(by)) if by == "the instance ab12"));
+    beats.abort();
 }
 
 #[tokio::test(start_paused = true)]
@@ -574,7 +640,8 @@ async fn who_stops_while_it_waits_for_its_name_to_stay_leaves_no_name_behind() {
     let stop = CancellationToken::new();
     let (stopping, waiting) = (stop.clone(), Arc::clone(&bucket));
     let acquiring = tokio::spawn(async move {
-        Lease::acquire(waiting, "first".to_owned(), &Vitals::default(), &stopping).await.is_some()
+        let (name, vitals) = ("first".to_owned(), Vitals::default());
+        Lease::acquire(waiting, name, Wait::ForIt, &vitals, &stopping).await.unwrap().is_some()
     });
     sleep(2 * SECOND).await;
     stop.cancel();
@@ -606,8 +673,8 @@ fn however_instances_come_pause_and_go_no_two_hold_the_lease_at_once() {
         permits: Arc<Mutex<Vec<Arc<Permit>>>>,
     ) {
         sleep(comes * SECOND).await;
-        let Some(mut lease) =
-            Lease::acquire(bucket, name, &Vitals::default(), &CancellationToken::new()).await
+        let (vitals, never) = (Vitals::default(), CancellationToken::new());
+        let Some(mut lease) = Lease::acquire(bucket, name, Wait::ForIt, &vitals, &never).await.unwrap()
         else {
             return;
         };

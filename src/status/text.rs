@@ -28,6 +28,9 @@ impl fmt::Display for Status {
             Some(uptime) => writeln!(f, "relayer {}, {}, for {}", self.version, self.phase, span(uptime))?,
             None => writeln!(f, "relayer {}, {}: as its store has it", self.version, self.phase)?,
         }
+        if let Some(holder) = &self.lease_holder {
+            writeln!(f, "lease       {holder}: this one goes on when that ends")?;
+        }
         self.chain_lines(f)?;
         self.event_lines(f)?;
         self.sink_lines(f)?;
@@ -53,6 +56,9 @@ impl Status {
         }
         if let Some(finalized) = chain.finalized {
             writeln!(f, "finalized   block {finalized}")?;
+        }
+        if chain.factory_without_code {
+            writeln!(f, "            the factory has no code: nothing is read before there is a contract")?;
         }
         if chain.retractions_stopped {
             writeln!(f, "            a fork would withdraw too many messages: reading stands still")?;

@@ -172,6 +172,19 @@ impl Store {
         Ok(unkept)
     }
 
+    /// The places among these where an event stands, its message kept or not.
+    pub fn standing_among(&self, places: &[Place]) -> Result<BTreeSet<Place>, StoreError> {
+        let read = self.db.begin_read()?;
+        let digests = read.open_table(DIGESTS)?;
+        let mut standing = BTreeSet::new();
+        for place in places {
+            if digests.get(place)?.is_some() {
+                standing.insert(*place);
+            }
+        }
+        Ok(standing)
+    }
+
     /// The events that stand at these places, as far as the log still has them.
     pub fn standing_at(&self, places: &[Place]) -> Result<BTreeMap<Place, Claimed>, StoreError> {
         let mut standing = BTreeMap::new();

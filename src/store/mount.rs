@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 
 /// Kinds of FUSE that are a local disk, or a layer over one.
 const LOCAL_FUSE: [&str; 4] = ["fuseblk", "fuse.fuse-overlayfs", "fuse.overlayfs", "fuse.lxcfs"];
+/// Links followed one after the other; the kernel follows no more, either.
+const LINKS: u32 = 40;
 
 /// Why the file system of `path` cannot hold a store, if it is known that it cannot.
 ///
@@ -13,13 +15,34 @@ const LOCAL_FUSE: [&str; 4] = ["fuseblk", "fuse.fuse-overlayfs", "fuse.overlayfs
 /// locks (as Cloud Run mounts it) lets two relayers write to one file.
 pub(super) fn unsuitable(path: &Path) -> Option<String> {
     let mounts = fs::read("/proc/self/mountinfo").ok()?;
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    judge(&String::from_utf8_lossy(&mounts), &folder.canonicalize().ok()?)
+    unsuitable_among(&String::from_utf8_lossy(&mounts), path)
+}
+
+/// The same among these mounts.
+fn unsuitable_among(mounts: &str, path: &Path) -> Option<String> {
+    judge(mounts, &resolved(path)?)
+}
+
+/// The file that is opened, or made, by that path: where links lead, those to what is not there included. `None`: to
+/// nowhere, which opening it says better.
+fn resolved(path: &Path) -> Option<PathBuf> {
+    let mut path = path.to_owned();
+    for _ in 0..LINKS {
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let folder = folder.canonicalize().ok()?;
+        let file = folder.join(path.file_name()?);
+        match fs::read_link(&file) {
+            Ok(target) => path = folder.join(target),
+            // It is no link.
+            Err(_) => return Some(file),
+        }
+    }
+    None
 }
 
 /// The same by the lines of mountinfo: <https://man7.org/linux/man-pages/man5/proc_pid_mountinfo.5.html>.
-fn judge(mounts: &str, folder: &Path) -> Option<String> {
-    let mounts = mounts.lines().filter_map(Mount::parse).filter(|mount| folder.starts_with(&mount.at));
+fn judge(mounts: &str, file: &Path) -> Option<String> {
+    let mounts = mounts.lines().filter_map(Mount::parse).filter(|mount| file.starts_with(&mount.at));
     // Of two mounted at one place the later one is seen.
     let mount = mounts.max_by_key(|mount| mount.at.components().count())?;
     let kind = mount.kind.as_str();
@@ -73,6 +96,8 @@ fn unescape(text: &str) -> PathBuf {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::symlink;
+
     use super::*;
 
     const MOUNTS: &str = r"
@@ -110,6 +135,52 @@ mod tests {
             assert_eq!(judge(MOUNTS, Path::new(folder)).as_deref(), why, "{folder}");
         }
         assert_eq!(judge("what is this\n- - - -\n", Path::new("/")), None);
+    }
+
+    #[test]
+    fn where_a_store_is_is_where_links_lead_also_those_to_what_is_not_there_yet() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().canonicalize().unwrap().join(name);
+        for name in ["bucket", "bucket/deeper", "local"] {
+            fs::create_dir(at(name)).unwrap();
+        }
+        fs::write(at("bucket/there.redb"), "").unwrap();
+        fs::write(at("local/mounted.redb"), "").unwrap();
+        for (link, to) in [
+            ("local/to_there.redb", at("bucket/there.redb")),
+            ("local/to_missing.redb", at("bucket/missing.redb")),
+            ("local/relative.redb", "../bucket/deeper/missing.redb".into()),
+            ("local/twice.redb", "to_missing.redb".into()),
+            ("linked", at("bucket/deeper")),
+            ("local/through.redb", at("linked/missing.redb")),
+            ("bucket/back.redb", at("local/missing.redb")),
+            ("local/circle.redb", "circle.redb".into()),
+        ] {
+            symlink(to, at(link)).unwrap();
+        }
+        let bucket = at("bucket").display().to_string();
+        let file = at("local/mounted.redb").display().to_string();
+        let mounts = format!(
+            "22 1 254:1 / / rw - ext4 /dev/vda1 rw\n\
+            40 22 0:35 / {bucket} rw - fuse.gcsfuse gcsfuse rw\n\
+            41 22 0:36 / {file} rw - fuse.gcsfuse gcsfuse rw\n"
+        );
+        let refused = [
+            "bucket/missing.redb",
+            "local/to_there.redb",
+            "local/to_missing.redb",
+            "local/relative.redb",
+            "local/twice.redb",
+            "local/through.redb",
+            "linked/missing.redb",
+            "local/mounted.redb",
+        ];
+        for name in refused {
+            assert!(unsuitable_among(&mounts, &at(name)).is_some(), "{name}");
+        }
+        for name in ["local/missing.redb", "bucket/back.redb", "local/circle.redb", "nowhere/missing.redb"] {
+            assert_eq!(unsuitable_among(&mounts, &at(name)), None, "{name}");
+        }
     }
 
     #[test]

@@ -60,15 +60,17 @@ pub(super) struct Claims {
     group: VecDeque<Claimed>,
     /// The end of the log when it was opened: a process before may have handed out entries below it.
     opened_at: u64,
-    /// Entries handed out in log order since then, after the last group that is stored.
+    /// Entries handed out in log order since then, after the last group that was stored then.
     in_order: u64,
+    /// A group was made since: nothing behind it can have been handed out before.
+    settled: bool,
 }
 
 impl Claims {
     /// Beginning at the watermark, with a log of so many entries.
     pub fn new(watermark: u64, end: u64) -> Self {
         let (groups, group) = (Groups::default(), VecDeque::new());
-        Self { next: watermark, seen_below: end, groups, group, opened_at: end, in_order: 0 }
+        Self { next: watermark, seen_below: end, groups, group, opened_at: end, in_order: 0, settled: false }
     }
 
     fn in_log_order(
@@ -133,6 +135,7 @@ impl Store {
             if is_backlog && is_settled(&claims, &read, max_outstanding)? {
                 let group = next_group(&read, claims.next..end, claims.groups)?;
                 self.store_group(&group)?;
+                claims.settled = true;
                 claims.begin_group(&read, group)?;
                 continue;
             }
@@ -185,7 +188,7 @@ impl Store {
 
 /// Whether nothing from the next entry on can have been handed out before in log order.
 fn is_settled(claims: &Claims, read: &ReadTransaction, max_outstanding: usize) -> Result<bool, StoreError> {
-    if claims.next >= claims.opened_at {
+    if claims.settled || claims.next >= claims.opened_at {
         return Ok(true);
     }
     let are_blocked = !read.open_table(BLOCKED)?.is_empty()?;

@@ -127,12 +127,19 @@ impl Body {
 
     /// The finished bytes: what is stored, and what is sent.
     pub fn finish(&self, sequence: u64) -> Vec<u8> {
+        let mut finished = Vec::new();
+        self.finish_into(&mut finished, sequence);
+        finished
+    }
+
+    /// The same in place of what was in there.
+    pub fn finish_into(&self, finished: &mut Vec<u8>, sequence: u64) {
         let number = sequence.to_string();
-        let mut finished = Vec::with_capacity(self.bytes.len() + number.len());
+        finished.clear();
+        finished.reserve(self.bytes.len() + number.len());
         finished.extend_from_slice(&self.bytes[..self.gap]);
         finished.extend_from_slice(number.as_bytes());
         finished.extend_from_slice(&self.bytes[self.gap..]);
-        finished
     }
 }
 

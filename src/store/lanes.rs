@@ -7,7 +7,7 @@ use alloy::primitives::{Address, B256};
 use redb::{ReadableTable, Table, WriteTransaction};
 
 use super::opening::now_micros;
-use super::schema::{Entry, Escrow, EscrowState, Kind, REGISTRY};
+use super::schema::{Entry, Escrow, EscrowState, Kind, NewEntry, REGISTRY};
 use super::{Store, StoreError, lock};
 use crate::event::{BlockRef, Event, Retraction, event_id};
 
@@ -40,6 +40,8 @@ pub(super) struct Lanes<'txn> {
     table: Table<'txn, &'static [u8; 20], &'static [u8]>,
     recent: MutexGuard<'txn, Recent>,
     touched: HashMap<Address, Option<Escrow>>,
+    /// The message of the last event.
+    body: Vec<u8>,
     epoch: u64,
     now: u64,
 }
@@ -48,7 +50,7 @@ impl<'txn> Lanes<'txn> {
     pub fn open(store: &'txn Store, transaction: &'txn WriteTransaction) -> Result<Self, StoreError> {
         let (table, recent) = (transaction.open_table(REGISTRY)?, lock(&store.recent));
         let (epoch, now) = (store.epoch, now_micros() / 1_000_000);
-        Ok(Self { table, recent, touched: HashMap::new(), epoch, now })
+        Ok(Self { table, recent, touched: HashMap::new(), body: Vec::new(), epoch, now })
     }
 
     fn touch(&mut self, address: Address) -> Result<&mut Option<Escrow>, StoreError> {
@@ -183,7 +185,7 @@ impl<'txn> Lanes<'txn> {
     }
 
     /// The entry of an event; `late`: outside the order of its lane.
-    pub fn event(&mut self, event: &Event, late: bool) -> Result<Entry, StoreError> {
+    pub fn event<'a>(&'a mut self, event: &'a Event, late: bool) -> Result<NewEntry<'a>, StoreError> {
         let (epoch, now) = (self.epoch, self.now);
         let escrow = self.lane(event.escrow)?;
         escrow.last_sequence += 1;
@@ -195,20 +197,22 @@ impl<'txn> Lanes<'txn> {
         if event.ends {
             escrow.ended.get_or_insert(event.block.number);
         }
-        Ok(Entry {
+        let sequence = escrow.last_sequence;
+        event.body.finish_into(&mut self.body, sequence);
+        Ok(NewEntry {
             kind: Kind::Event,
-            name: event.name.clone(),
+            name: &event.name,
             announces: event.announces,
             emitter: event.emitter,
             escrow: event.escrow,
             block_number: event.block.number,
             block_hash: event.block.hash,
             log_index: event.log_index,
-            sequence: escrow.last_sequence,
+            sequence,
             epoch,
             late,
             stored_at: now,
-            body: event.body.finish(escrow.last_sequence),
+            body: &self.body,
         })
     }
 

@@ -9,6 +9,7 @@
 use std::ops::Range;
 
 use redb::{AccessGuard, ReadableTable, Table};
+use serde::Serialize;
 
 use super::StoreError;
 use super::schema::{Entry, VALUE_VERSION, compact, damaged, decode, decode_rest, encode_into};
@@ -40,33 +41,33 @@ impl<'a, 'txn> Appender<'a, 'txn> {
         self.first + self.row.lengths.len() as u64
     }
 
-    pub fn append(&mut self, entry: &Entry) -> Result<(), StoreError> {
+    /// Appends an [`Entry`], or what is encoded alike.
+    pub fn append(&mut self, entry: &impl Serialize) -> Result<(), StoreError> {
         let before = self.row.bytes.len();
         encode_into(entry, &mut self.row.bytes, compact())?;
         let length = self.row.bytes.len() - before;
-        if before > 0 && self.row.size() + 4 > ROW_BYTES {
-            let of_next = self.row.bytes.split_off(before);
-            self.write()?;
-            self.row.bytes = of_next;
+        if before > 0 && row_size(&self.row.lengths, &self.row.bytes) + 4 > ROW_BYTES {
+            self.write(before)?;
         }
         self.row.lengths.push(length);
         match self.row.lengths.len() < ROW_ENTRIES {
             true => Ok(()),
-            false => self.write(),
+            false => self.write(self.row.bytes.len()),
         }
     }
 
-    fn write(&mut self) -> Result<(), StoreError> {
-        self.row.write(self.table, self.first)?;
+    /// Writes the entries gathered so far as a row, of which these are the bytes.
+    fn write(&mut self, bytes: usize) -> Result<(), StoreError> {
+        write_row(self.table, self.first, &self.row.lengths, &self.row.bytes[..bytes])?;
         self.first = self.next_position();
         self.row.lengths.clear();
-        self.row.bytes.clear();
+        self.row.bytes.drain(..bytes);
         Ok(())
     }
 
     /// Writes what is not written yet. The position after the last entry.
     pub fn finish(mut self) -> Result<u64, StoreError> {
-        self.write()?;
+        self.write(self.row.bytes.len())?;
         Ok(self.first)
     }
 }
@@ -79,10 +80,6 @@ struct Row {
 }
 
 impl Row {
-    fn size(&self) -> usize {
-        2 + 4 * self.lengths.len() + self.bytes.len()
-    }
-
     /// Puts an entry into that place, after the ones before it.
     fn put(&mut self, place: u64, entry: &Encoded<'_>) -> Result<(), StoreError> {
         self.lengths.resize(place as usize, 0);
@@ -94,25 +91,34 @@ impl Row {
         self.lengths.push(self.bytes.len() - before);
         Ok(())
     }
+}
 
-    /// Writes the row, if there is something in it.
-    fn write(&self, table: &mut LogTable<'_>, first: u64) -> Result<(), StoreError> {
-        if self.bytes.is_empty() {
-            return Ok(());
-        }
-        let mut value = table.insert_reserve(first, self.size())?;
-        let value = value.as_mut();
-        let (head, rest) = value.split_at_mut(2);
-        let count = u8::try_from(self.lengths.len()).expect("no more than fit into a row");
-        head.copy_from_slice(&[PACKED_VERSION, count]);
-        let (lengths, bytes) = rest.split_at_mut(4 * self.lengths.len());
-        for (place, length) in lengths.chunks_exact_mut(4).zip(&self.lengths) {
-            let length = u32::try_from(*length).expect("no entry is larger than a value may be");
-            place.copy_from_slice(&length.to_le_bytes());
-        }
-        bytes.copy_from_slice(&self.bytes);
-        Ok(())
+/// Writes a row, if there is something in it.
+fn write_row(
+    table: &mut LogTable<'_>,
+    first: u64,
+    lengths: &[usize],
+    bytes: &[u8],
+) -> Result<(), StoreError> {
+    if bytes.is_empty() {
+        return Ok(());
     }
+    let mut value = table.insert_reserve(first, row_size(lengths, bytes))?;
+    let value = value.as_mut();
+    let (head, rest) = value.split_at_mut(2);
+    let count = u8::try_from(lengths.len()).expect("no more than fit into a row");
+    head.copy_from_slice(&[PACKED_VERSION, count]);
+    let (places, content) = rest.split_at_mut(4 * lengths.len());
+    for (place, length) in places.chunks_exact_mut(4).zip(lengths) {
+        let length = u32::try_from(*length).expect("no entry is larger than a value may be");
+        place.copy_from_slice(&length.to_le_bytes());
+    }
+    content.copy_from_slice(bytes);
+    Ok(())
+}
+
+fn row_size(lengths: &[usize], bytes: &[u8]) -> usize {
+    2 + 4 * lengths.len() + bytes.len()
 }
 
 /// The bytes of an entry, and which version of them.
@@ -195,7 +201,7 @@ pub(super) fn remove(table: &mut LogTable<'_>, positions: &mut [u64]) -> Result<
                 kept.put(place - first, &entry)?;
             }
         }
-        kept.write(table, first)?;
+        write_row(table, first, &kept.lengths, &kept.bytes)?;
         rest = &rest[here..];
     }
     Ok(())
@@ -209,7 +215,7 @@ pub(super) fn remove_below(table: &mut LogTable<'_>, end: u64) -> Result<(), Sto
         for (place, entry) in unpack(first, &row)?.into_iter().filter(|(place, _)| *place >= end) {
             kept.put(place - end, &entry)?;
         }
-        kept.write(table, end)?;
+        write_row(table, end, &kept.lengths, &kept.bytes)?;
     }
     table.retain_in(..end, |_, _| false)?;
     Ok(())

@@ -238,6 +238,26 @@ pub struct Entry {
     pub body: Vec<u8>,
 }
 
+/// The entry that an event becomes, to be encoded: an [`Entry`] with the same fields in the same order, of which nothing is
+/// copied.
+#[derive(Debug, Serialize)]
+pub(super) struct NewEntry<'a> {
+    pub kind: Kind,
+    pub name: &'a str,
+    pub announces: bool,
+    pub emitter: Address,
+    pub escrow: Address,
+    pub block_number: u64,
+    pub block_hash: B256,
+    pub log_index: u64,
+    pub sequence: u64,
+    pub epoch: u64,
+    pub late: bool,
+    pub stored_at: u64,
+    #[serde(with = "serde_bytes")]
+    pub body: &'a [u8],
+}
+
 impl Entry {
     /// The id of the message this entry is.
     pub fn event_id(&self, chain_id: u64) -> String {

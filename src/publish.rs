@@ -367,7 +367,8 @@ impl<S: Sink> Publisher<S> {
         // Without blocked lanes the window is the same for all: no need to count.
         let uncommitted = self.uncommitted() + self.completing();
         let room = uncommitted < self.max_outstanding || uncommitted < self.window();
-        let full = !room && self.held >= (1 + BLOCKED_WINDOWS) * self.max_outstanding;
+        let most = (1 + BLOCKED_WINDOWS) * self.max_outstanding - self.completing();
+        let full = !room && self.held >= most;
         if full && !std::mem::replace(&mut self.said_full, true) {
             self.vitals.publishing_stopped(true);
             error!(

@@ -322,6 +322,44 @@ async fn blocked_lanes_that_were_unreachable_before_leave_the_room_to_the_others
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_blocked_lane_that_holds_all_that_may_be_held_stops_publishing_and_that_is_known() {
+    for (ordering, max_outstanding) in
+        [(config::Ordering::Escrow, 4), (config::Ordering::Escrow, 32), (config::Ordering::None, 32)]
+    {
+        let store = store(&[1], &[1].repeat(12 * max_outstanding));
+        store.group_by(Groups { backlog: 40, ..Groups::default() });
+        let sink = Arc::new(Script::default());
+        sink.refused.lock().unwrap().insert("0x01:1".into());
+        let settings = config::Sink { ordering, ..settings(max_outstanding) };
+        let vitals = Arc::new(Vitals::default());
+        let publisher = Publisher::new(Arc::clone(&sink), Arc::clone(&store), &settings);
+        let mut publisher = publisher.reporting_to(&vitals);
+        drain(&mut publisher).await;
+        assert!(vitals.now_known().publishing_stopped, "{ordering:?}, {max_outstanding}");
+        let most = 11 * max_outstanding;
+        assert!((most - max_outstanding / 16..=most).contains(&publisher.held), "{}", publisher.held);
+        sink.refused.lock().unwrap().clear();
+        tokio::time::sleep(Duration::from_secs(120)).await;
+        drain(&mut publisher).await;
+        assert_eq!(store.waiting(), 0);
+        assert!(!vitals.now_known().publishing_stopped);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn of_a_backlog_a_blocked_escrow_holds_up_no_other_one() {
+    let approvals: Vec<u8> = [1, 1, 1, 2].repeat(300);
+    let store = store(&[1, 2], &approvals);
+    store.group_by(Groups { backlog: 40, ..Groups::default() });
+    let sink = Arc::new(Script::default());
+    sink.refused.lock().unwrap().insert("0x01:1".into());
+    let mut publisher = Publisher::new(Arc::clone(&sink), Arc::clone(&store), &settings(16));
+    drain(&mut publisher).await;
+    // Less than 11 times 16 of the blocked one stand before these.
+    assert!(firsts(&sink.stored())["0x02"].len() >= 120, "{:?}", firsts(&sink.stored())["0x02"].len());
+}
+
+#[tokio::test(start_paused = true)]
 async fn beside_a_blocked_lane_the_only_other_one_that_fails_is_an_outage() {
     for refused in [&["0x01:1"][..], &["0x01:1", "0x02:1"]] {
         let store = store(&[1], &[]);
@@ -554,7 +592,7 @@ proptest! {
     fn however_often_it_is_killed_no_more_is_in_doubt_than_may_be_and_all_arrive_in_order(
         script in prop::collection::vec(acts(), 0..20),
         lives in prop::collection::vec((0usize..40, prop::collection::vec(1u8..7, 0..40)), 1..6),
-        max_outstanding in 1usize..9,
+        max_outstanding in prop_oneof![1usize..9, 30usize..40],
         (backlog, entries) in (1u64..20, 1u64..40),
     ) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();

@@ -43,10 +43,10 @@ pub struct GooglePubSub {
     failures: AtomicU32,
 }
 
-/// The library's client, and who publishes what has no ordering key.
+/// The library's client.
 struct Client {
     base: BasePublisher,
-    /// Gathers messages of several lanes into one request.
+    /// Gathers messages that have no ordering key into one request, of whatever lane they are.
     gathering: Publisher,
 }
 
@@ -94,7 +94,7 @@ impl GooglePubSub {
         }
     }
 
-    /// The library's publisher has ended: the next run gets a new one.
+    /// The publisher that gathers has ended: the next run gets a new one.
     fn renew(&self) {
         let mut client = lock(&self.client);
         *client = Client::new(client.base.clone(), &self.topic);

@@ -8,16 +8,16 @@
 //! 1. Each entry is handed out once per opening of the store, and those of one escrow in log order.
 //! 2. What was handed out and is not acknowledged is handed out again first, in whatever order that was: a group is stored
 //!    before the first of its entries leaves, and its order depends on the entries alone. So a second crash repeats
-//!    nothing that the first one did not.
+//!    nothing that the first one did not; beside lanes that are blocked, which is not known at first, it may.
 //! 3. What a group holds in memory is bounded.
 
 use std::collections::VecDeque;
 use std::ops::Range;
 
-use redb::{ReadTransaction, ReadableDatabase, ReadableTableMetadata};
+use redb::{ReadTransaction, ReadableDatabase};
 
 use super::runs::run_end;
-use super::schema::{ACKNOWLEDGED, BLOCKED, EVENT_LOG, GROUP_END, GROUP_START, MARKS, WATERMARK};
+use super::schema::{ACKNOWLEDGED, EVENT_LOG, GROUP_END, GROUP_START, MARKS, WATERMARK};
 use super::{Entry, Store, StoreError, lock, log};
 
 /// When a group is made, and how large it becomes.
@@ -36,8 +36,8 @@ impl Default for Groups {
     }
 }
 
-/// Blocked lanes let a publisher have so many times more than it may hand over.
-const BLOCKED_LANES: u64 = 11;
+/// So many messages of an escrow stand together in a group, at most: one that is blocked does not hold up all the others.
+const TOGETHER: u64 = 128;
 
 /// An entry handed to the publisher.
 #[derive(Clone, Debug)]
@@ -91,9 +91,17 @@ impl Claims {
         Ok(claimed)
     }
 
+    /// Whether nothing from the next entry on can have been handed out before in log order, blocked lanes aside.
+    fn is_settled(&self, max_outstanding: usize) -> bool {
+        self.settled || self.next >= self.opened_at || self.in_order >= max_outstanding as u64
+    }
+
     fn begin_group(&mut self, read: &ReadTransaction, group: Range<u64>) -> Result<(), StoreError> {
         let mut entries = unacknowledged(read, group.clone())?;
-        entries.sort_unstable_by_key(|claimed| (claimed.entry.escrow, claimed.position));
+        entries.sort_unstable_by_key(|Claimed { position, entry }| {
+            // The sequence of an escrow's messages grows with their positions.
+            (entry.sequence / TOGETHER, entry.escrow, *position)
+        });
         self.group = entries.into();
         self.next = group.end;
         self.seen_below = self.seen_below.max(group.end);
@@ -132,7 +140,7 @@ impl Store {
                 Some(_) | None => end,
             };
             let is_backlog = upto == end && end - claims.next >= claims.groups.backlog;
-            if is_backlog && is_settled(&claims, &read, max_outstanding)? {
+            if is_backlog && claims.is_settled(max_outstanding) {
                 let group = next_group(&read, claims.next..end, claims.groups)?;
                 self.store_group(&group)?;
                 claims.settled = true;
@@ -184,16 +192,6 @@ impl Store {
         }
         Ok(transaction.commit()?)
     }
-}
-
-/// Whether nothing from the next entry on can have been handed out before in log order.
-fn is_settled(claims: &Claims, read: &ReadTransaction, max_outstanding: usize) -> Result<bool, StoreError> {
-    if claims.settled || claims.next >= claims.opened_at {
-        return Ok(true);
-    }
-    let are_blocked = !read.open_table(BLOCKED)?.is_empty()?;
-    let handed_out = max_outstanding as u64 * if are_blocked { BLOCKED_LANES } else { 1 };
-    Ok(claims.in_order >= handed_out)
 }
 
 fn stored_group(read: &ReadTransaction) -> Result<Option<Range<u64>>, StoreError> {

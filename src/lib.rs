@@ -396,7 +396,8 @@ async fn open_store(
     };
     drop(answering);
     let opening = async {
-        let store = match existing {
+        // It stays open here until the lease is given up: who opens it before would take the lease by its name.
+        let store = match existing.clone() {
             Some(store) => store,
             None => {
                 // Another instance on this machine may have made it meanwhile.

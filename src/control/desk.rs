@@ -80,9 +80,9 @@ impl Desk {
         Self { snapshots: Some(Arc::clone(snapshots)), ..self }
     }
 
-    /// Publishes only while that permit holds.
-    pub fn permitted_by(self, permit: Arc<Permit>) -> Self {
-        Self { permit, ..self }
+    /// Publishes only while that permit holds, and makes snapshots there, when asked to.
+    pub fn works_under(&mut self, permit: Arc<Permit>, snapshots: &Arc<Snapshots<Folder>>) {
+        (self.permit, self.snapshots) = (permit, Some(Arc::clone(snapshots)));
     }
 
     /// The store.

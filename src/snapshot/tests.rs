@@ -600,14 +600,8 @@ async fn a_change_that_takes_its_time_is_no_loss_until_another_may_have_taken_th
         let bucket: Arc<Bucket> = Arc::default();
         let mut lease = acquire(&bucket, "first").await.unwrap();
         let permit = lease.permit();
-        let (let_go, held_up) = std::sync::mpsc::channel();
-        *bucket.held_up.lock().unwrap() = Some(held_up);
         let keeping = tokio::spawn(async move { lease.keep().await });
-        // While something blocks, time passes only when it is told to.
-        while bucket.held_up.lock().unwrap().is_some() {
-            tokio::time::advance(SECOND / 10).await;
-            std::thread::sleep(Duration::from_millis(2));
-        }
+        let let_go = held_up(&bucket).await;
         tokio::time::advance(seconds * SECOND).await;
         assert!(!permit.holds(), "nothing is known of it");
         let_go.send(()).unwrap();
@@ -649,6 +643,55 @@ async fn who_stops_while_it_waits_for_its_name_to_stay_leaves_no_name_behind() {
     let began = Instant::now();
     acquire(&bucket, "second").await.unwrap();
     assert!(began.elapsed() < 6 * SECOND, "{:?}", began.elapsed());
+}
+
+/// Waits until somebody writes the lease, who then waits for what is returned.
+async fn held_up(bucket: &Bucket) -> std::sync::mpsc::Sender<()> {
+    let (let_go, held_up) = std::sync::mpsc::channel();
+    *bucket.held_up.lock().unwrap() = Some(held_up);
+    // While something blocks, time passes only when it is told to.
+    while bucket.held_up.lock().unwrap().is_some() {
+        pass_a_moment().await;
+    }
+    let_go
+}
+
+/// For everybody, also those off the async threads.
+async fn pass_a_moment() {
+    tokio::time::advance(SECOND / 100).await;
+    std::thread::sleep(Duration::from_millis(2));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_name_that_is_being_written_when_its_process_stops_does_not_stay_behind() {
+    for held in [false, true] {
+        let bucket: Arc<Bucket> = Arc::default();
+        let stop = CancellationToken::new();
+        let (stopping, volume) = (stop.clone(), Arc::clone(&bucket));
+        let live = async move {
+            let (name, vitals) = ("first".to_owned(), Vitals::default());
+            let lease = Lease::acquire(volume, name, Wait::ForIt, &vitals, &stopping).await.unwrap();
+            let Some(mut lease) = lease else { return };
+            tokio::select! {
+                lost = lease.keep() => panic!("{lost:?}"),
+                () = stopping.cancelled() => lease.release().await,
+            }
+        };
+        let living = tokio::spawn(live);
+        if held {
+            sleep(6 * SECOND).await;
+        }
+        let let_go = held_up(&bucket).await;
+        stop.cancel();
+        for _ in 0..20 {
+            pass_a_moment().await;
+        }
+        let_go.send(()).unwrap();
+        living.await.unwrap();
+        let began = Instant::now();
+        acquire(&bucket, "second").await.unwrap();
+        assert!(began.elapsed() < 6 * SECOND, "held: {held}, {:?}", began.elapsed());
+    }
 }
 
 #[tokio::test(start_paused = true)]

@@ -388,7 +388,11 @@ async fn open_store(
     let existing = if path.exists() { Some(open(identity.clone()).await?) } else { None };
     // Before it stands by: what another instance has gone on from is no standby. And after: one may have gone on meanwhile.
     if let Some(store) = &existing {
-        is_newest(Arc::clone(&snapshots), store, path).await?;
+        tokio::select! {
+            biased;
+            () = stop.cancelled() => return Ok(None),
+            newest = is_newest(Arc::clone(&snapshots), store, path) => newest?,
+        }
     }
     let answering = existing.as_ref().and_then(|store| control::serve(path, standing_by(store)));
     let Some(mut keeper) = Keeper::begin(storage, folder, existing.is_some(), vitals, stop).await else {

@@ -24,6 +24,9 @@ struct Bucket {
     held_up: Mutex<Option<std::sync::mpsc::Receiver<()>>>,
 }
 
+/// In the place of a file: the list of them.
+const LISTING: &str = "the list";
+
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Fault {
     /// What is written is not there afterwards, and nobody says so.
@@ -89,6 +92,9 @@ impl Volume for Bucket {
     }
 
     fn list(&self, folder: &str) -> io::Result<Vec<String>> {
+        if self.fault(LISTING, false).is_some() {
+            return Err(stale());
+        }
         let prefix = if folder.is_empty() { String::new() } else { format!("{folder}/") };
         let files = self.files.lock().unwrap();
         let inside = files.keys().filter_map(|name| name.strip_prefix(&prefix));
@@ -388,6 +394,59 @@ fn a_snapshot_that_cannot_be_read_for_a_while_is_waited_for_before_an_older_one_
         let Restored { store: again, manifest, .. } = restored(&snapshots).unwrap().unwrap();
         assert_eq!((manifest.number, rows(&again)), (newer.number, rows(&store)), "{}", file(&newer));
     }
+}
+
+#[test]
+fn a_list_that_cannot_be_read_for_a_while_is_waited_for() {
+    let (bucket, snapshots) = snapshots();
+    let store = lived();
+    snapshots.create(&store, None).unwrap();
+    bucket.fails(LISTING, &[Fault::Stale; 4]);
+    assert_eq!(rows(&restored(&snapshots).unwrap().unwrap().store), rows(&store));
+    bucket.fails(LISTING, &[Fault::Stale; 5]);
+    let refused = restored(&snapshots).map(|restored| restored.is_some());
+    assert!(matches!(refused, Err(SnapshotError::Volume { .. })), "{refused:?}");
+}
+
+/// Whether the first store may go on after another one has gone on from its snapshot, on a volume that is then as `is`
+/// says; and how long it took to say.
+async fn may_go_on(is: impl FnOnce(&Bucket, &Manifest)) -> (Result<(), SnapshotError>, Duration) {
+    let (bucket, snapshots) = snapshots();
+    let store = lived();
+    snapshots.create(&store, None).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("relayer.redb");
+    snapshots.restore(&path, &identity(), None).await.unwrap();
+    let other = Store::open(&path, identity(), None, Added::Leave).unwrap();
+    let newest = snapshots.create(&other, None).unwrap();
+    is(&bucket, &newest);
+    let began = Instant::now();
+    (is_newest(snapshots, &store, &path).await, began.elapsed())
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_store_of_the_past_does_not_go_on_because_a_volume_hiccups() {
+    let (refused, _) = may_go_on(|_, _| {}).await;
+    assert!(matches!(refused, Err(SnapshotError::Outlived { .. })), "{refused:?}");
+    let (refused, _) =
+        may_go_on(|bucket, newest| bucket.fails(newest.file().leak(), &[Fault::Stale; 14])).await;
+    assert!(matches!(refused, Err(SnapshotError::Outlived { .. })), "{refused:?}");
+    let (refused, _) = may_go_on(|bucket, _| bucket.fails(LISTING, &[Fault::Stale; 4])).await;
+    assert!(matches!(refused, Err(SnapshotError::Outlived { .. })), "{refused:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_manifest_that_stays_unread_is_named_and_one_that_is_damaged_is_no_evidence() {
+    let (refused, took) =
+        may_go_on(|bucket, newest| bucket.fails(newest.file().leak(), &[Fault::Stale; 99])).await;
+    let refused = refused.unwrap_err();
+    assert!(!refused.is_configuration());
+    for word in ["snapshot-000000000002.json", "cannot be read", "os error 116", "repair the volume"] {
+        assert!(refused.to_string().contains(word), "{word}: {refused}");
+    }
+    assert_eq!(took.as_secs(), 40);
+    let (fine, _) = may_go_on(|bucket, newest| bucket.change(&newest.file(), Vec::clear)).await;
+    fine.unwrap();
 }
 
 #[test]

@@ -477,7 +477,7 @@ async fn scan_loop(
             turning.turned();
             let pause = match scanner.step().await? {
                 scan::Step::Progress => {
-                    turning.while_waiting(room.wait()).await?;
+                    wait_for_room(&scanner, &turning, &store, &room).await?;
                     busy += 1;
                     if busy % LATE_TURN != 0 {
                         continue;
@@ -506,6 +506,19 @@ async fn scan_loop(
         Err(_) => stop.cancel(),
     }
     result
+}
+
+/// Waits for room for what is read next; a job that has read all there is needs none.
+async fn wait_for_room(
+    scanner: &Scanner<Patient<Rpc>>,
+    turning: &Turning,
+    store: &Store,
+    room: &Room,
+) -> Result<(), NoRoom> {
+    match scanner.has_read_all() && store.late_read().is_none() {
+        true => Ok(()),
+        false => turning.while_waiting(room.wait()).await,
+    }
 }
 
 type Heads = Option<watch::Receiver<Option<Header>>>;
@@ -538,7 +551,7 @@ async fn read_late(
     loop {
         let pause = match scanner.step_late().await? {
             scan::Step::Progress => {
-                turning.while_waiting(room.wait()).await?;
+                wait_for_room(scanner, turning, store, room).await?;
                 Duration::ZERO
             }
             scan::Step::Wait(pause) => pause,

@@ -17,7 +17,7 @@ use anyhow::anyhow;
 use relayer::config::Config;
 use relayer::control::{self, Answer, Answers, Desk, Refusal, Request};
 use relayer::event::Signatures;
-use relayer::snapshot::{Folder, Keeper, SnapshotError, Snapshots, configured, is_newest};
+use relayer::snapshot::{Folder, Keeper, LeaseLost, SnapshotError, Snapshots, configured, is_newest};
 use relayer::store::{Added, Identity, Store, StoreError};
 use serde::de::DeserializeOwned;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -215,12 +215,27 @@ pub(crate) async fn under<T>(
 ) -> Result<T, Failure> {
     let never = CancellationToken::new();
     let working = async {
-        let worked = keeper.during(work, &never).await.map_err(anyhow::Error::from)?;
+        let worked = keeper.during(work, &never).await.map_err(lost)?;
         worked.expect("nobody stops it")
     };
     let worked = ctrl_c.ends(working).await;
     keeper.release().await;
     worked
+}
+
+/// What the loss of the lease is to a command: it does not stand by, and may have done a part.
+fn lost(lease: LeaseLost) -> Failure {
+    let how = match lease {
+        LeaseLost::Taken => {
+            "Another instance has taken the lease in storage.snapshot_dir, while this command did not answer for it"
+        }
+        LeaseLost::TooLate => {
+            "The lease in storage.snapshot_dir could not be renewed in time, and another instance may have taken it"
+        }
+    };
+    let remedy =
+        "a part may be done; where a relayer holds the lease now, run it there, beside it; else try again";
+    anyhow!("{how}: this command ends here, and {remedy}").into()
 }
 
 /// What a fault of the snapshots is to whoever asked.

@@ -210,8 +210,8 @@ impl Keeper {
 pub enum LeaseNotTaken {
     /// Another instance has it.
     #[error(
-        "another instance holds the lease in storage.snapshot_dir ({by}), and goes on from there: run it there, beside that \
-         relayer, or stop that one first"
+        "another instance holds the lease in storage.snapshot_dir ({by}): if that is a relayer, run it there, beside it, or stop \
+         it first; if it is a command, try again when that has ended"
     )]
     Held {
         /// Who.

@@ -397,7 +397,7 @@ async fn while_another_instance_holds_the_lease_no_command_publishes_or_changes_
     let holder = fleet.held().await;
     for command in CHANGING {
         let refused = machine.run(command).await;
-        refused.failed_with(1, &["storage.snapshot_dir", HOLDER, "run it there"]);
+        refused.failed_with(1, &["storage.snapshot_dir", HOLDER, "run it there", "if it is a command"]);
     }
     bare.run(CHANGING[3]).await.failed_with(1, &[HOLDER]);
     assert!(!bare.path("relayer.redb").exists(), "nothing is left behind");
@@ -452,7 +452,10 @@ async fn a_command_whose_lease_is_taken_ends_and_says_so() {
     let replaying = machine.start(CHANGING[0]);
     fleet.pubsub.wait_for_requests(fleet.pubsub.requests().len() + 1).await;
     let _holder = fleet.held().await;
-    replaying.ended().await.failed_with(1, &["Another instance has taken the lease"]);
+    let ended = replaying.ended().await;
+    let ended =
+        ended.failed_with(1, &["Another instance has taken the lease", "this command ends", "run it there"]);
+    assert!(!ended.stderr.contains("stands by"), "a command never does: {}", ended.stderr);
 }
 
 #[tokio::test]

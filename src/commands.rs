@@ -17,10 +17,11 @@ use anyhow::anyhow;
 use relayer::config::Config;
 use relayer::control::{self, Answer, Answers, Desk, Refusal, Request};
 use relayer::event::Signatures;
-use relayer::snapshot::{Keeper, SnapshotError, configured, is_newest};
+use relayer::snapshot::{Folder, Keeper, LeaseLost, SnapshotError, Snapshots, configured, is_newest};
 use relayer::store::{Added, Identity, Store, StoreError};
 use serde::de::DeserializeOwned;
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::task::spawn_blocking;
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
@@ -56,8 +57,13 @@ impl Office {
     pub(crate) async fn find(config: &Config, missing: Missing) -> Result<Self, Failure> {
         let path = &config.storage.path;
         let deadline = Instant::now() + WITHIN;
+        // Off the async threads: it may have to repair or to migrate, and Ctrl-C ends that.
+        let opening = async || {
+            let config = config.clone();
+            spawn_blocking(move || open(&config, missing)).await.expect("opening does not panic")
+        };
         let unreached = loop {
-            match open(config, missing) {
+            match opening().await {
                 Ok(desk) => return Ok(Self::Here(Arc::new(desk))),
                 Err(Opening::Failed(failure)) => return Err(failure),
                 Err(Opening::Locked) => {}
@@ -96,6 +102,32 @@ impl Office {
     }
 }
 
+/// Ctrl-C, listened to from one moment on. Whoever listens once has taken it from the system for good: so one of these goes
+/// along with all that is waited for, and what comes in between is not lost.
+pub(crate) struct CtrlC(Signal);
+
+impl CtrlC {
+    pub(crate) fn listen() -> Result<Self, Failure> {
+        Ok(Self(signal(SignalKind::interrupt()).map_err(anyhow::Error::from)?))
+    }
+
+    /// Does that until Ctrl-C comes.
+    pub(crate) async fn ends<T>(
+        &mut self,
+        work: impl Future<Output = Result<T, Failure>>,
+    ) -> Result<T, Failure> {
+        tokio::select! {
+            biased;
+            done = work => done,
+            _ = self.0.recv() => Err(stopped()),
+        }
+    }
+}
+
+fn stopped() -> Failure {
+    anyhow!("stopped by Ctrl-C").into()
+}
+
 /// Does what publishes from a store or changes it. Where instances share a folder of snapshots that takes the lease, if no
 /// relayer runs here: another one may be at work elsewhere.
 pub(crate) async fn changing<T>(
@@ -103,50 +135,63 @@ pub(crate) async fn changing<T>(
     missing: Missing,
     work: impl AsyncFnOnce(&Office) -> Result<T, Failure>,
 ) -> Result<T, Failure> {
+    let mut ctrl_c = CtrlC::listen()?;
     let Some(snapshots) = configured(&config.storage) else {
-        return work(&Office::find(config, missing).await?).await;
+        let working = async { work(&Office::find(config, missing).await?).await };
+        return ctrl_c.ends(working).await;
     };
-    let path = &config.storage.path;
-    // A store that is to be made is made under the lease.
-    let found = match missing {
-        Missing::Make if !path.exists() => None,
-        Missing::Refuse | Missing::Make | Missing::Pretend => Some(Office::find(config, missing).await?),
+    // The store stays open in here until the lease is given up: whoever opened it before would find its own name in the
+    // lease, take it at once, and lose it by that.
+    let mut office = match missing {
+        // A store that is to be made is made under the lease.
+        Missing::Make if !config.storage.path.exists() => None,
+        Missing::Refuse | Missing::Make | Missing::Pretend => {
+            Some(ctrl_c.ends(Office::find(config, missing)).await?)
+        }
     };
-    if let Some(beside @ Office::Beside(_)) = &found {
-        return work(beside).await;
+    if let Some(beside @ Office::Beside(_)) = &office {
+        return ctrl_c.ends(work(beside)).await;
     }
-    let mut keeper = leased(config, found.is_some()).await?;
+    let keeper = leased(config, office.is_some(), &mut ctrl_c).await?;
     let (permit, making) = (keeper.permit(), Arc::clone(keeper.snapshots()));
     let working = async {
-        let mut office = match found {
-            Some(office) => office,
-            None => {
-                // As a run would: what was published before is not to be published from another store again.
-                let (_, identity) = identity(config)?;
-                Keeper::restore(Arc::clone(&snapshots), path, &identity).await.map_err(failure)?;
-                Office::find(config, missing).await?
-            }
+        let found = match office.take() {
+            Some(found) => found,
+            None => made(config, missing, &snapshots).await?,
         };
+        let office = office.insert(found);
         if let Office::Here(desk) = office {
-            is_newest(snapshots, desk.store(), path).await.map_err(failure)?;
-            let desk = Arc::into_inner(desk).expect("nobody else has it yet");
-            office = Office::Here(Arc::new(desk.permitted_by(permit).with_snapshots(&making)));
+            is_newest(snapshots, desk.store(), &config.storage.path).await.map_err(failure)?;
+            Arc::get_mut(desk).expect("nobody has asked it yet").works_under(permit, &making);
         }
-        work(&office).await
+        work(office).await
     };
-    let worked = keeper.during(working, &CancellationToken::new()).await;
-    keeper.release().await;
-    worked.map_err(anyhow::Error::from)?.expect("nobody stops it")
+    let worked = under(keeper, &mut ctrl_c, working).await;
+    drop(office);
+    worked
+}
+
+/// Makes the store as a run would: what was published before is not to be published from another store again.
+async fn made(
+    config: &Config,
+    missing: Missing,
+    snapshots: &Arc<Snapshots<Folder>>,
+) -> Result<Office, Failure> {
+    let (_, identity) = identity(config)?;
+    let restoring = Keeper::restore(Arc::clone(snapshots), &config.storage.path, &identity);
+    restoring.await.map_err(failure)?;
+    Office::find(config, missing).await
 }
 
 /// The lease, unless another instance that is alive has it.
-pub(crate) async fn leased(config: &Config, has_store: bool) -> Result<Keeper, Failure> {
+pub(crate) async fn leased(config: &Config, has_store: bool, ctrl_c: &mut CtrlC) -> Result<Keeper, Failure> {
     let folder = config.storage.snapshot_dir.as_ref().expect("looked at before");
     let stop = CancellationToken::new();
     let mut taking = std::pin::pin!(Keeper::unless_held(&config.storage, folder, has_store, &stop));
     let taken = tokio::select! {
+        biased;
         taken = &mut taking => taken,
-        _ = tokio::signal::ctrl_c() => {
+        _ = ctrl_c.0.recv() => {
             stop.cancel();
             taking.await
         }
@@ -157,9 +202,40 @@ pub(crate) async fn leased(config: &Config, has_store: bool) -> Result<Keeper, F
             if let Some(keeper) = keeper {
                 keeper.release().await;
             }
-            Err(anyhow!("stopped by Ctrl-C").into())
+            Err(stopped())
         }
     }
+}
+
+/// Does that while the lease is held, until Ctrl-C; then gives it up, whatever came of it.
+pub(crate) async fn under<T>(
+    mut keeper: Keeper,
+    ctrl_c: &mut CtrlC,
+    work: impl Future<Output = Result<T, Failure>>,
+) -> Result<T, Failure> {
+    let never = CancellationToken::new();
+    let working = async {
+        let worked = keeper.during(work, &never).await.map_err(lost)?;
+        worked.expect("nobody stops it")
+    };
+    let worked = ctrl_c.ends(working).await;
+    keeper.release().await;
+    worked
+}
+
+/// What the loss of the lease is to a command: it does not stand by, and may have done a part.
+fn lost(lease: LeaseLost) -> Failure {
+    let how = match lease {
+        LeaseLost::Taken => {
+            "Another instance has taken the lease in storage.snapshot_dir, while this command did not answer for it"
+        }
+        LeaseLost::TooLate => {
+            "The lease in storage.snapshot_dir could not be renewed in time, and another instance may have taken it"
+        }
+    };
+    let remedy =
+        "a part may be done; where a relayer holds the lease now, run it there, beside it; else try again";
+    anyhow!("{how}: this command ends here, and {remedy}").into()
 }
 
 /// What a fault of the snapshots is to whoever asked.

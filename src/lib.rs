@@ -388,7 +388,11 @@ async fn open_store(
     let existing = if path.exists() { Some(open(identity.clone()).await?) } else { None };
     // Before it stands by: what another instance has gone on from is no standby. And after: one may have gone on meanwhile.
     if let Some(store) = &existing {
-        is_newest(Arc::clone(&snapshots), store, path).await?;
+        tokio::select! {
+            biased;
+            () = stop.cancelled() => return Ok(None),
+            newest = is_newest(Arc::clone(&snapshots), store, path) => newest?,
+        }
     }
     let answering = existing.as_ref().and_then(|store| control::serve(path, standing_by(store)));
     let Some(mut keeper) = Keeper::begin(storage, folder, existing.is_some(), vitals, stop).await else {
@@ -396,7 +400,8 @@ async fn open_store(
     };
     drop(answering);
     let opening = async {
-        let store = match existing {
+        // It stays open here until the lease is given up: who opens it before would take the lease by its name.
+        let store = match existing.clone() {
             Some(store) => store,
             None => {
                 // Another instance on this machine may have made it meanwhile.
@@ -472,7 +477,7 @@ async fn scan_loop(
             turning.turned();
             let pause = match scanner.step().await? {
                 scan::Step::Progress => {
-                    turning.while_waiting(room.wait()).await?;
+                    wait_for_room(&scanner, &turning, &store, &room).await?;
                     busy += 1;
                     if busy % LATE_TURN != 0 {
                         continue;
@@ -501,6 +506,19 @@ async fn scan_loop(
         Err(_) => stop.cancel(),
     }
     result
+}
+
+/// Waits for room for what is read next; a job that has read all there is needs none.
+async fn wait_for_room(
+    scanner: &Scanner<Patient<Rpc>>,
+    turning: &Turning,
+    store: &Store,
+    room: &Room,
+) -> Result<(), NoRoom> {
+    match scanner.has_read_all() && store.late_read().is_none() {
+        true => Ok(()),
+        false => turning.while_waiting(room.wait()).await,
+    }
 }
 
 type Heads = Option<watch::Receiver<Option<Header>>>;
@@ -533,7 +551,7 @@ async fn read_late(
     loop {
         let pause = match scanner.step_late().await? {
             scan::Step::Progress => {
-                turning.while_waiting(room.wait()).await?;
+                wait_for_room(scanner, turning, store, room).await?;
                 Duration::ZERO
             }
             scan::Step::Wait(pause) => pause,

@@ -58,10 +58,13 @@ impl Room {
         warn!(waiting, max_waiting, "Too many events wait to be published: reading pauses");
         let mut said = false;
         while !self.is_some() {
-            match self.blocked() {
-                Some(blocked) if !self.patient => return Err(blocked),
-                Some(blocked) if !std::mem::replace(&mut said, true) => warn!("{blocked}"),
-                Some(_) | None => {}
+            let blocked = if said { None } else { self.blocked() };
+            if let Some(blocked) = blocked {
+                if !self.patient {
+                    return Err(blocked);
+                }
+                said = true;
+                warn!("{blocked}");
             }
             tokio::time::sleep(LOOK).await;
         }
@@ -75,12 +78,13 @@ impl Room {
 
     /// Why no room will come of itself, if so.
     fn blocked(&self) -> Option<NoRoom> {
-        let facts = self.vitals.now_known();
         // What was appended since the publisher looked, it may yet publish.
-        let all_blocked = facts.all_blocked_upto == Some(self.store.entries());
-        let lanes: Vec<BlockedLane> = facts.blocked.into_values().collect();
+        if !self.vitals.is_all_blocked(self.store.entries()) {
+            return None;
+        }
+        let lanes = self.vitals.blocked_lanes();
         // It may have been taken since.
-        (all_blocked && !lanes.is_empty() && !self.is_some()).then(|| NoRoom {
+        (!lanes.is_empty() && !self.is_some()).then(|| NoRoom {
             waiting: self.store.waiting(),
             max_waiting: self.max_waiting,
             lanes: named(&lanes),

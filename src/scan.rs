@@ -341,6 +341,11 @@ impl<C: Chain> Scanner<C> {
         Ok(step)
     }
 
+    /// Whether everything up to the end asked for is read, as far as the end is known.
+    pub fn has_read_all(&self) -> bool {
+        self.is_done(self.store.next_block())
+    }
+
     fn is_done(&self, next: u64) -> bool {
         matches!(self.until, Until::Block(last) if next > last)
     }

@@ -210,8 +210,8 @@ impl Keeper {
 pub enum LeaseNotTaken {
     /// Another instance has it.
     #[error(
-        "another instance holds the lease in storage.snapshot_dir ({by}), and goes on from there: run it there, beside that \
-         relayer, or stop that one first"
+        "another instance holds the lease in storage.snapshot_dir ({by}): if that is a relayer, run it there, beside it, or stop \
+         it first; if it is a command, try again when that has ended"
     )]
     Held {
         /// Who.
@@ -254,19 +254,19 @@ impl From<Lost> for LeaseLost {
     }
 }
 
-/// Whether the store at `path` may go on: not if another instance has gone on from one of its snapshots since.
-pub async fn is_newest(
-    snapshots: Arc<Snapshots<Folder>>,
+/// Whether the store at `path` may go on: not if another instance has gone on from one of its snapshots since. What cannot be
+/// read may be the sign of that, so it is waited for; what is damaged is no sign.
+pub async fn is_newest<V: Volume>(
+    snapshots: Arc<Snapshots<V>>,
     store: &Store,
     path: &Path,
 ) -> Result<(), SnapshotError> {
     let (epoch, restored_from) = (store.epoch(), store.restored_from()?);
-    let listed = joined(spawn_blocking(move || snapshots.list()).await)?;
-    let another_went_on = |manifest: &&Manifest| {
+    let another_went_on = |manifest: &Manifest| {
         let since = restored_from.is_some_and(|number| manifest.number > number);
         manifest.epoch > epoch || since && manifest.epoch != epoch
     };
-    match listed.iter().filter_map(|listed| listed.manifest.as_ref().ok()).find(another_went_on) {
+    match snapshots.told().await?.into_iter().find(another_went_on) {
         Some(newest) => {
             let (path, newest) = (path.display().to_string(), newest.file());
             Err(SnapshotError::Outlived { path, newest })

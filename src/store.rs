@@ -7,8 +7,8 @@
 //! 2. The event log is append-only and a position is never used twice. Entries below the watermark are
 //!    acknowledged; above it the acknowledged ones are kept as runs.
 //! 3. `sequence` grows by one per message of an escrow, without gaps, retractions included.
-//! 4. An entry is dropped instead of retracted only if no publisher can have seen it: it was never claimed in
-//!    this process and did not exist when the file was opened.
+//! 4. An entry is dropped instead of retracted only if no publisher can have seen it: it was never claimed,
+//!    or taken into a group, in this process and did not exist when the file was opened.
 //! 5. A commit whose outcome is unknown (I/O error) is a fault of the process: restart reads what is true.
 
 mod audit;

@@ -264,6 +264,16 @@ impl Vitals {
         self.facts().all_blocked_upto = entries;
     }
 
+    /// Whether that is so of so many.
+    pub fn is_all_blocked(&self, entries: u64) -> bool {
+        self.facts().all_blocked_upto == Some(entries)
+    }
+
+    /// The lanes whose first message is refused.
+    pub fn blocked_lanes(&self) -> Vec<BlockedLane> {
+        self.facts().blocked.values().cloned().collect()
+    }
+
     /// The first message of a lane is refused.
     pub fn lane_blocked(&self, lane: String, reason: &str) {
         let blocked = BlockedLane { lane: lane.clone(), reason: shortened(reason), since: unix_seconds() };
@@ -275,7 +285,7 @@ impl Vitals {
         self.facts().blocked.remove(lane);
     }
 
-    /// The lanes whose first message is refused.
+    /// Whether its first message is refused.
     pub fn is_blocked(&self, lane: &str) -> bool {
         self.facts().blocked.contains_key(lane)
     }

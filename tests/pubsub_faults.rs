@@ -6,7 +6,7 @@ mod common;
 use std::time::Duration;
 
 use alloy::dyn_abi::DynSolValue;
-use alloy::primitives::keccak256;
+use alloy::primitives::{Address, keccak256};
 use common::load::{Dice, Load};
 use common::pubsub::{Attempt, Code};
 use common::relay::truth::Truth;
@@ -326,6 +326,20 @@ async fn a_job_to_which_blocked_lanes_leave_no_room_ends_and_names_them_and_the_
     let ended = ended.failed_with(1, &said);
     let read = ended.logged("Processing blocks").into_iter().filter_map(|log| log["to"].as_u64()).max();
     assert!(read.is_some_and(|read| read < head), "it did not read on without room: {}", ended.stderr);
+    broken.pubsub.heal();
+    broken.world.setup.run_to_head().await;
+    broken.assert_arrived().await;
+}
+
+#[tokio::test]
+async fn a_job_that_has_read_everything_ends_as_blocked_also_if_there_is_no_room_left() {
+    let mut broken = Broken::new().await;
+    let refused: Address = without_room(&mut broken).await.parse().expect("an address");
+    broken.world.factory.send("approveMany", &[refused.into(), 4u64.into()]).await;
+    broken.world.setup.set("RELAYER_LEDGER__MAX_WAITING", 1 + 4 * 4); // all there is of it, with the last block
+    let ended = broken.world.setup.run(&["run", "--until", "head"]).await;
+    let ended = ended.failed_with(1, &["1 lanes are blocked: their messages are kept"]);
+    assert!(!ended.stderr.contains("nothing more is read"), "{}", ended.stderr);
     broken.pubsub.heal();
     broken.world.setup.run_to_head().await;
     broken.assert_arrived().await;

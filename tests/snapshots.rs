@@ -6,7 +6,7 @@ mod common;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::relay::{Running, free_port};
 use common::{Answer, Line, PubSub, Setup, World};
@@ -397,7 +397,7 @@ async fn while_another_instance_holds_the_lease_no_command_publishes_or_changes_
     let holder = fleet.held().await;
     for command in CHANGING {
         let refused = machine.run(command).await;
-        refused.failed_with(1, &["storage.snapshot_dir", HOLDER, "run it there"]);
+        refused.failed_with(1, &["storage.snapshot_dir", HOLDER, "run it there", "if it is a command"]);
     }
     bare.run(CHANGING[3]).await.failed_with(1, &[HOLDER]);
     assert!(!bare.path("relayer.redb").exists(), "nothing is left behind");
@@ -452,7 +452,61 @@ async fn a_command_whose_lease_is_taken_ends_and_says_so() {
     let replaying = machine.start(CHANGING[0]);
     fleet.pubsub.wait_for_requests(fleet.pubsub.requests().len() + 1).await;
     let _holder = fleet.held().await;
-    replaying.ended().await.failed_with(1, &["Another instance has taken the lease"]);
+    let ended = replaying.ended().await;
+    let ended =
+        ended.failed_with(1, &["Another instance has taken the lease", "this command ends", "run it there"]);
+    assert!(!ended.stderr.contains("stands by"), "a command never does: {}", ended.stderr);
+}
+
+#[tokio::test]
+async fn a_command_has_the_store_until_it_has_given_up_the_lease() {
+    let fleet = Fleet::new().await;
+    let machine = fleet.machine();
+    fleet.live(1).await;
+    machine.run_to_head().await;
+    fleet.pubsub.on_publish(|_| Answer::Hang);
+    let replaying = machine.start(CHANGING[0]);
+    fleet.pubsub.wait_for_requests(fleet.pubsub.requests().len() + 1).await;
+    // From now on who looks at the lease gets no answer: giving it up takes its time.
+    let lease = fleet.volume.path().join("snapshots").join("lease.json");
+    fs::remove_file(&lease).expect("it is there");
+    pipe(&lease);
+    let ended = tokio::spawn(replaying.interrupted());
+    tokio::time::sleep(Duration::from_secs(1)).await; // there is nothing left to do but that
+    let opened = redb::Database::open(machine.path("relayer.redb"));
+    assert!(matches!(opened, Err(redb::DatabaseError::DatabaseAlreadyOpen)), "{opened:?}");
+    let ended = ended.await.expect("it ends");
+    ended.failed_with(1, &["stopped by Ctrl-C", "The lease could not be given up"]);
+}
+
+/// Whoever opens it waits for somebody at the other end.
+fn pipe(path: &Path) {
+    let made = std::process::Command::new("mkfifo").arg(path).status();
+    assert!(made.expect("mkfifo is there").success(), "{}", path.display());
+}
+
+#[tokio::test]
+async fn ctrl_c_ends_a_command_that_waits_for_a_snapshot_and_the_lease_is_given_up() {
+    let fleet = Fleet::new().await;
+    fleet.live(2).await;
+    fleet.machine().run_to_head().await;
+    let parts = fleet.volume.path().join("snapshots").join("parts");
+    for part in fs::read_dir(parts).expect("it is there") {
+        let part = part.expect("readable").path();
+        fs::remove_file(&part).expect("it is there");
+        fs::create_dir(&part).expect("a folder can be made");
+    }
+    let restore: &[&str] = &["snapshot", "restore"];
+    for command in [CHANGING[3], restore] {
+        let machine = fleet.machine();
+        write_registry(&machine);
+        let mut waiting = machine.start(command);
+        waiting.wait_said("trying again in 1 s").await;
+        let asked = Instant::now();
+        waiting.interrupted().await.failed_with(1, &["stopped by Ctrl-C"]);
+        assert!(asked.elapsed() < common::relay::STOP_WITHIN, "{command:?}: {:?}", asked.elapsed());
+        assert!(fleet.holder().is_null() && !machine.path("relayer.redb").exists(), "{command:?}");
+    }
 }
 
 #[tokio::test]

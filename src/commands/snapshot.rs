@@ -8,9 +8,8 @@ use clap::Subcommand;
 use relayer::config::Config;
 use relayer::control::{Request, SnapshotRow};
 use relayer::snapshot::{self, Folder, Snapshots};
-use tokio_util::sync::CancellationToken;
 
-use super::{JsonArray, Missing, changing, failure, identity, leased};
+use super::{CtrlC, JsonArray, Missing, changing, failure, identity, leased, under};
 use crate::{CONFIGURATION, Failure, print};
 
 #[derive(Subcommand)]
@@ -112,19 +111,10 @@ async fn restore(config: &Config, file: Option<&str>) -> Result<(), Failure> {
         )));
     }
     let (_, identity) = identity(config)?;
-    let mut keeper = leased(config, false).await?;
-    let restoring = snapshots.restore(path, &identity, file);
-    let stop = CancellationToken::new();
-    let restored = tokio::select! {
-        restored = keeper.during(restoring, &stop) => restored,
-        _ = tokio::signal::ctrl_c() => {
-            keeper.release().await;
-            return Err(anyhow!("stopped by Ctrl-C").into());
-        }
-    };
-    keeper.release().await;
-    let restored = restored.map_err(anyhow::Error::from)?.expect("nobody stops it");
-    let restored = restored.map_err(failure)?;
+    let mut ctrl_c = CtrlC::listen()?;
+    let keeper = leased(config, false, &mut ctrl_c).await?;
+    let restoring = async { snapshots.restore(path, &identity, file).await.map_err(failure) };
+    let restored = under(keeper, &mut ctrl_c, restoring).await?;
     let manifest = restored.ok_or_else(|| anyhow!("there is no snapshot in storage.snapshot_dir yet"))?;
     let (file, made_at, path) = (manifest.file(), manifest.made_at, path.display());
     let next =

@@ -80,9 +80,9 @@ impl Desk {
         Self { snapshots: Some(Arc::clone(snapshots)), ..self }
     }
 
-    /// Publishes only while that permit holds.
-    pub fn permitted_by(self, permit: Arc<Permit>) -> Self {
-        Self { permit, ..self }
+    /// Publishes only while that permit holds, and makes snapshots there, when asked to.
+    pub fn works_under(&mut self, permit: Arc<Permit>, snapshots: &Arc<Snapshots<Folder>>) {
+        (self.permit, self.snapshots) = (permit, Some(Arc::clone(snapshots)));
     }
 
     /// The store.
@@ -116,8 +116,8 @@ impl Desk {
         };
         Err(Refusal::fault(match observer.vitals().now_known().lease_holder {
             Some(holder) => format!(
-                "the relayer here stands by, as another instance holds the lease in storage.snapshot_dir ({holder}): run it \
-                 there, beside that relayer, or stop both first"
+                "the relayer here stands by, as another instance holds the lease in storage.snapshot_dir ({holder}): if that is a \
+                 relayer, run it there, beside it, or stop both first; if it is a command, try again when that has ended"
             ),
             None => "the relayer here is starting: try again in a moment".to_owned(),
         }))

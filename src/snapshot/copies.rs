@@ -22,7 +22,8 @@ use crate::store::{self, Identity, Piece, Restored, Store, StoreError};
 /// How often a file is read before it cannot be read, and the pause between.
 const ATTEMPTS: u32 = 3;
 const BETWEEN_ATTEMPTS: Duration = Duration::from_millis(500);
-/// The pauses before a snapshot that could not be read is tried again: what it would cost to take an older one is more.
+/// The pauses before a snapshot that could not be read is tried again: what it would cost to take an older one, or to go on
+/// beside another instance, is more.
 const PATIENCE: [Duration; 4] =
     [Duration::from_secs(1), Duration::from_secs(3), Duration::from_secs(9), Duration::from_secs(27)];
 
@@ -94,6 +95,17 @@ pub enum SnapshotError {
         "there is no snapshot {0} in storage.snapshot_dir: `relayer snapshot list` shows those there are"
     )]
     Unknown(String),
+    /// It may be of another instance that has gone on.
+    #[error(
+        "the snapshot {file} in storage.snapshot_dir cannot be read ({why}): unless it can, nobody knows whether another \
+         instance has gone on from there; repair the volume, or, if that snapshot is lost, move its file away"
+    )]
+    Unread {
+        /// Its file.
+        file: String,
+        /// What the system says.
+        why: String,
+    },
     /// The file belongs to a life before that of the newest snapshot.
     #[error(
         "storage.path {path} is older than the newest snapshot, {newest}, which another instance made after it had gone on \
@@ -119,7 +131,8 @@ impl SnapshotError {
             | Self::NotKept(_)
             | Self::NotHolder
             | Self::Late
-            | Self::NoneWhole { .. } => false,
+            | Self::NoneWhole { .. }
+            | Self::Unread { .. } => false,
         }
     }
 }
@@ -303,6 +316,47 @@ impl<V: Volume> Snapshots<V> {
         Ok(gone.len())
     }
 
+    /// Number and file of each manifest, the newest first. A volume that cannot list them is tried again for a while.
+    async fn manifests_patiently(self: &Arc<Self>) -> Result<Vec<(u64, String)>, SnapshotError> {
+        let mut pauses = PATIENCE.iter();
+        loop {
+            let snapshots = Arc::clone(self);
+            let error = match joined(spawn_blocking(move || snapshots.manifests()).await) {
+                Ok(manifests) => return Ok(manifests),
+                Err(error) => error,
+            };
+            let Some(pause) = pauses.next() else { return Err(error) };
+            let seconds = pause.as_secs();
+            warn!(%error, "The list of snapshots cannot be read: {error}; trying again in {seconds} s");
+            sleep(*pause).await;
+        }
+    }
+
+    /// What the snapshots say of themselves, the newest first, but for those that are damaged. One that cannot be read may be
+    /// whole: it is tried again for a while.
+    pub(super) async fn told(self: &Arc<Self>) -> Result<Vec<Manifest>, SnapshotError> {
+        let mut pauses = PATIENCE.iter();
+        loop {
+            let (snapshots, files) = (Arc::clone(self), self.manifests_patiently().await?);
+            let reading = spawn_blocking(move || {
+                let told = files.into_iter().filter_map(|(_, file)| match snapshots.manifest(&file) {
+                    Ok(manifest) => Some(Ok(manifest)),
+                    Err(Unusable::Unread(why)) => Some(Err(Unread { file, why })),
+                    Err(Unusable::Damaged(_) | Unusable::Fault(_)) => None,
+                });
+                told.collect()
+            });
+            let unread = match joined::<Result<Vec<Manifest>, Unread>>(reading.await) {
+                Ok(told) => return Ok(told),
+                Err(unread) => unread,
+            };
+            match pauses.next() {
+                Some(pause) => unread.wait(*pause).await,
+                None => return Err(SnapshotError::Unread { file: unread.file, why: unread.why }),
+            }
+        }
+    }
+
     /// Makes a store at `path` of the newest snapshot that is whole, or of the one in that file. `None`: there is no
     /// snapshot. `identity`: what the store is to be for; a snapshot of another one is an error.
     ///
@@ -319,20 +373,16 @@ impl<V: Volume> Snapshots<V> {
             let given_up: HashSet<String> = given_up.map(|(file, _)| file.clone()).collect();
             let (snapshots, path, identity) = (Arc::clone(self), path.to_owned(), identity.clone());
             let asked_for = file.map(str::to_owned);
+            let files = self.manifests_patiently().await?.into_iter().map(|(_, file)| file).collect();
             let attempt = spawn_blocking(move || {
-                snapshots.try_restore(&path, &identity, asked_for.as_deref(), &given_up)
+                snapshots.try_restore(files, &path, &identity, asked_for.as_deref(), &given_up)
             });
             match joined(attempt.await)? {
                 Ok(restored) => return Ok(restored),
-                Err(Unread { file, why }) => {
-                    let times = tried.entry(file.clone()).or_default();
+                Err(unread) => {
+                    let times = tried.entry(unread.file.clone()).or_default();
                     if let Some(pause) = PATIENCE.get(*times) {
-                        let seconds = pause.as_secs();
-                        warn!(
-                            snapshot = %file, %why,
-                            "The snapshot {file} cannot be read: {why}; trying again in {seconds} s"
-                        );
-                        sleep(*pause).await;
+                        unread.wait(*pause).await;
                     }
                     *times += 1;
                 }
@@ -340,15 +390,15 @@ impl<V: Volume> Snapshots<V> {
         }
     }
 
-    /// The same once. `given_up`: an older one is taken instead of these, should they still not be read.
+    /// The same once, of these files. `given_up`: an older one is taken instead of these, should they still not be read.
     fn try_restore(
         &self,
+        files: Vec<String>,
         path: &Path,
         identity: &Identity,
         file: Option<&str>,
         given_up: &HashSet<String>,
     ) -> Result<Result<Option<Manifest>, Unread>, SnapshotError> {
-        let files: Vec<String> = self.manifests()?.into_iter().map(|(_, file)| file).collect();
         let all: Vec<(&String, Result<Manifest, Unusable>)> =
             files.iter().map(|file| (file, self.manifest(file))).collect();
         // What was there when it was restored is no sign that another instance has gone on since.
@@ -429,6 +479,18 @@ impl<V: Volume> Snapshots<V> {
 struct Unread {
     file: String,
     why: String,
+}
+
+impl Unread {
+    /// Says so, and waits before it is tried again.
+    async fn wait(&self, pause: Duration) {
+        let (Self { file, why }, seconds) = (self, pause.as_secs());
+        warn!(
+            snapshot = %file, %why,
+            "The snapshot {file} cannot be read: {why}; trying again in {seconds} s"
+        );
+        sleep(pause).await;
+    }
 }
 
 /// Why a snapshot was not restored.

@@ -19,6 +19,7 @@ use std::time::Duration;
 use std::{env, fs};
 
 use serde::{Deserialize, Serialize};
+use tokio::sync::Mutex;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
@@ -66,7 +67,7 @@ impl Claim {
 /// The lease, held by this process.
 #[derive(Debug)]
 pub(super) struct Lease<V> {
-    volume: Arc<V>,
+    file: LeaseFile<V>,
     holder: String,
     beat: u64,
     /// When it began to change the file last, and for how long nobody may have changed it before.
@@ -110,29 +111,35 @@ impl<V: Volume> Lease<V> {
         vitals: &Vitals,
         stop: &CancellationToken,
     ) -> Result<Option<Self>, NotTaken> {
+        let file = LeaseFile { volume, writing: Arc::default() };
         tokio::select! {
             biased;
             () = stop.cancelled() => {
                 // The name may have been written already: nobody need wait for it to expire.
-                let _ = timeout(LOOK, give_up(&volume, &holder)).await;
+                let _ = timeout(TRUST, file.give_up(&holder)).await;
                 Ok(None)
             }
-            lease = Self::wait_for(Arc::clone(&volume), holder.clone(), wait, vitals) => lease.map(Some),
+            lease = Self::wait_for(file.clone(), holder.clone(), wait, vitals) => lease.map(Some),
         }
     }
 
-    async fn wait_for(volume: Arc<V>, holder: String, wait: Wait, vitals: &Vitals) -> Result<Self, NotTaken> {
+    async fn wait_for(
+        file: LeaseFile<V>,
+        holder: String,
+        wait: Wait,
+        vitals: &Vitals,
+    ) -> Result<Self, NotTaken> {
         // What was seen last, and since when it has been that.
         let mut seen: Option<(Option<Claim>, Instant)> = None;
         let mut waiting = Waiting { wait, vitals, said: false, failing: false };
         loop {
             let looked = Moment::now();
-            match read(&volume).await {
+            match file.read().await {
                 // This store's own, from before a crash.
                 Ok(Some(claim)) if claim.holder.as_ref() == Some(&holder) => {
                     // Others may be about to take it.
                     let wrote = (looked, EXPIRY - TRUST);
-                    return Ok(Self::held(volume, holder, claim.beat, looked, wrote));
+                    return Ok(Self::held(file, holder, claim.beat, looked, wrote));
                 }
                 Ok(claim) => {
                     waiting.failing = false;
@@ -143,7 +150,7 @@ impl<V: Volume> Lease<V> {
                     let whose = claim.as_ref().and_then(Claim::whose);
                     let Some(whose) = whose.filter(|_| since.elapsed() < EXPIRY) else {
                         let beat = claim.as_ref().map_or(0, |claim| claim.beat) + 1;
-                        match Self::claim(&volume, &holder, beat).await {
+                        match Self::claim(&file, &holder, beat).await {
                             Ok(Some(lease)) => return Ok(lease),
                             Ok(None) => {}
                             Err(error) => {
@@ -165,19 +172,25 @@ impl<V: Volume> Lease<V> {
     }
 
     /// Writes this name, and looks whether it stays.
-    async fn claim(volume: &Arc<V>, holder: &str, beat: u64) -> io::Result<Option<Self>> {
+    async fn claim(file: &LeaseFile<V>, holder: &str, beat: u64) -> io::Result<Option<Self>> {
         let claim = Claim::of(holder, beat);
         let wrote = (Moment::now(), Duration::ZERO);
-        write(volume, &claim).await?;
+        file.write(&claim).await?;
         sleep(SETTLE).await;
         let looked = Moment::now();
-        let stays = read(volume).await.is_ok_and(|read| read == Some(claim));
-        Ok(stays.then(|| Self::held(Arc::clone(volume), holder.to_owned(), beat, looked, wrote)))
+        let stays = file.read().await.is_ok_and(|read| read == Some(claim));
+        Ok(stays.then(|| Self::held(file.clone(), holder.to_owned(), beat, looked, wrote)))
     }
 
-    fn held(volume: Arc<V>, holder: String, beat: u64, looked: Moment, wrote: (Moment, Duration)) -> Self {
+    fn held(
+        file: LeaseFile<V>,
+        holder: String,
+        beat: u64,
+        looked: Moment,
+        wrote: (Moment, Duration),
+    ) -> Self {
         let permit = Arc::new(Permit::confirmed(looked, TRUST));
-        Self { volume, holder, beat, wrote, permit }
+        Self { file, holder, beat, wrote, permit }
     }
 
     /// Its name.
@@ -220,7 +233,7 @@ impl<V: Volume> Lease<V> {
 
     async fn renew(&mut self) -> io::Result<Result<(), Lost>> {
         let looked = Moment::now();
-        let claim = timeout(TRUST, read(&self.volume)).await.map_err(|_| slow())??;
+        let claim = timeout(TRUST, self.file.read()).await.map_err(|_| slow())??;
         // It may be the volume that is gone.
         let claim = claim.ok_or_else(|| io::Error::other("lease.json is not there"))?;
         if claim.holder.as_ref() != Some(&self.holder) || claim.beat > self.beat {
@@ -233,7 +246,7 @@ impl<V: Volume> Lease<V> {
         self.beat += 1;
         let began = Moment::now();
         let claim = Claim::of(&self.holder, self.beat);
-        let written = write(&self.volume, &claim).await;
+        let written = self.file.write(&claim).await;
         if self.unchanged_for() >= EXPIRY {
             return Ok(Err(Lost::TooLate));
         }
@@ -244,7 +257,7 @@ impl<V: Volume> Lease<V> {
 
     /// Gives it up, if it is still held.
     pub async fn release(self) {
-        let given_up = timeout(TRUST, give_up(&self.volume, &self.holder)).await.map_err(|_| slow());
+        let given_up = timeout(TRUST, self.file.give_up(&self.holder)).await.map_err(|_| slow());
         if let Err(error) = given_up.flatten() {
             warn!(%error, "The lease could not be given up: the next instance waits until it expires");
         }
@@ -315,36 +328,60 @@ fn slow() -> io::Error {
     io::Error::new(io::ErrorKind::TimedOut, "it does not answer")
 }
 
-/// Takes that name out of the file, if it is there.
-async fn give_up<V: Volume>(volume: &Arc<V>, holder: &str) -> io::Result<()> {
-    match read(volume).await? {
-        Some(Claim { holder: Some(name), beat, .. }) if name == holder => {
-            write(volume, &Claim { holder: None, by: None, beat: beat + 1 }).await
-        }
-        Some(_) | None => Ok(()),
+/// The file, to one process. What it writes there it writes one after the other: a name whose write nobody waits for any
+/// more still comes, and must not come after it was taken out again.
+#[derive(Debug)]
+struct LeaseFile<V> {
+    volume: Arc<V>,
+    /// Held by whoever writes, until that is done.
+    writing: Arc<Mutex<()>>,
+}
+
+impl<V> Clone for LeaseFile<V> {
+    fn clone(&self) -> Self {
+        Self { volume: Arc::clone(&self.volume), writing: Arc::clone(&self.writing) }
     }
 }
 
-/// What stands in the file; something that is no claim (it may be half written) is somebody's whose name is not known.
-async fn read<V: Volume>(volume: &Arc<V>) -> io::Result<Option<Claim>> {
-    let bytes = on_volume(volume, |volume| volume.read(FILE)).await?;
-    let unknown = |bytes: &[u8]| Claim { holder: Some(String::new()), by: None, beat: bytes.len() as u64 };
-    Ok(bytes.map(|bytes| serde_json::from_slice(&bytes).unwrap_or_else(|_| unknown(&bytes))))
-}
+impl<V: Volume> LeaseFile<V> {
+    /// Takes that name out of the file, if it is there.
+    async fn give_up(&self, holder: &str) -> io::Result<()> {
+        drop(self.writing.lock().await);
+        match self.read().await? {
+            Some(Claim { holder: Some(name), beat, .. }) if name == holder => {
+                self.write(&Claim { holder: None, by: None, beat: beat + 1 }).await
+            }
+            Some(_) | None => Ok(()),
+        }
+    }
 
-async fn write<V: Volume>(volume: &Arc<V>, claim: &Claim) -> io::Result<()> {
-    let bytes = serde_json::to_vec(claim).expect("a claim is JSON");
-    on_volume(volume, move |volume| volume.write(FILE, &bytes)).await
-}
+    /// What stands in the file; something that is no claim (it may be half written) is somebody's whose name is not known.
+    async fn read(&self) -> io::Result<Option<Claim>> {
+        let bytes = self.on_volume(|volume| volume.read(FILE)).await?;
+        let unknown =
+            |bytes: &[u8]| Claim { holder: Some(String::new()), by: None, beat: bytes.len() as u64 };
+        Ok(bytes.map(|bytes| serde_json::from_slice(&bytes).unwrap_or_else(|_| unknown(&bytes))))
+    }
 
-/// Off the async threads: a mounted bucket answers when it likes.
-async fn on_volume<V: Volume, T: Send + 'static>(
-    volume: &Arc<V>,
-    work: impl FnOnce(&V) -> io::Result<T> + Send + 'static,
-) -> io::Result<T> {
-    let volume = Arc::clone(volume);
-    match tokio::task::spawn_blocking(move || work(&volume)).await {
-        Ok(done) => done,
-        Err(error) => Err(io::Error::other(error)),
+    async fn write(&self, claim: &Claim) -> io::Result<()> {
+        let bytes = serde_json::to_vec(claim).expect("a claim is JSON");
+        let writing = Arc::clone(&self.writing).lock_owned().await;
+        let write = move |volume: &V| {
+            let _writing = writing;
+            volume.write(FILE, &bytes)
+        };
+        self.on_volume(write).await
+    }
+
+    /// Off the async threads: a mounted bucket answers when it likes.
+    async fn on_volume<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&V) -> io::Result<T> + Send + 'static,
+    ) -> io::Result<T> {
+        let volume = Arc::clone(&self.volume);
+        match tokio::task::spawn_blocking(move || work(&volume)).await {
+            Ok(done) => done,
+            Err(error) => Err(io::Error::other(error)),
+        }
     }
 }

@@ -24,6 +24,9 @@ struct Bucket {
     held_up: Mutex<Option<std::sync::mpsc::Receiver<()>>>,
 }
 
+/// In the place of a file: the list of them.
+const LISTING: &str = "the list";
+
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Fault {
     /// What is written is not there afterwards, and nobody says so.
@@ -89,6 +92,9 @@ impl Volume for Bucket {
     }
 
     fn list(&self, folder: &str) -> io::Result<Vec<String>> {
+        if self.fault(LISTING, false).is_some() {
+            return Err(stale());
+        }
         let prefix = if folder.is_empty() { String::new() } else { format!("{folder}/") };
         let files = self.files.lock().unwrap();
         let inside = files.keys().filter_map(|name| name.strip_prefix(&prefix));
@@ -391,6 +397,59 @@ fn a_snapshot_that_cannot_be_read_for_a_while_is_waited_for_before_an_older_one_
 }
 
 #[test]
+fn a_list_that_cannot_be_read_for_a_while_is_waited_for() {
+    let (bucket, snapshots) = snapshots();
+    let store = lived();
+    snapshots.create(&store, None).unwrap();
+    bucket.fails(LISTING, &[Fault::Stale; 4]);
+    assert_eq!(rows(&restored(&snapshots).unwrap().unwrap().store), rows(&store));
+    bucket.fails(LISTING, &[Fault::Stale; 5]);
+    let refused = restored(&snapshots).map(|restored| restored.is_some());
+    assert!(matches!(refused, Err(SnapshotError::Volume { .. })), "{refused:?}");
+}
+
+/// Whether the first store may go on after another one has gone on from its snapshot, on a volume that is then as `is`
+/// says; and how long it took to say.
+async fn may_go_on(is: impl FnOnce(&Bucket, &Manifest)) -> (Result<(), SnapshotError>, Duration) {
+    let (bucket, snapshots) = snapshots();
+    let store = lived();
+    snapshots.create(&store, None).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("relayer.redb");
+    snapshots.restore(&path, &identity(), None).await.unwrap();
+    let other = Store::open(&path, identity(), None, Added::Leave).unwrap();
+    let newest = snapshots.create(&other, None).unwrap();
+    is(&bucket, &newest);
+    let began = Instant::now();
+    (is_newest(snapshots, &store, &path).await, began.elapsed())
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_store_of_the_past_does_not_go_on_because_a_volume_hiccups() {
+    let (refused, _) = may_go_on(|_, _| {}).await;
+    assert!(matches!(refused, Err(SnapshotError::Outlived { .. })), "{refused:?}");
+    let (refused, _) =
+        may_go_on(|bucket, newest| bucket.fails(newest.file().leak(), &[Fault::Stale; 14])).await;
+    assert!(matches!(refused, Err(SnapshotError::Outlived { .. })), "{refused:?}");
+    let (refused, _) = may_go_on(|bucket, _| bucket.fails(LISTING, &[Fault::Stale; 4])).await;
+    assert!(matches!(refused, Err(SnapshotError::Outlived { .. })), "{refused:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_manifest_that_stays_unread_is_named_and_one_that_is_damaged_is_no_evidence() {
+    let (refused, took) =
+        may_go_on(|bucket, newest| bucket.fails(newest.file().leak(), &[Fault::Stale; 99])).await;
+    let refused = refused.unwrap_err();
+    assert!(!refused.is_configuration());
+    for word in ["snapshot-000000000002.json", "cannot be read", "os error 116", "repair the volume"] {
+        assert!(refused.to_string().contains(word), "{word}: {refused}");
+    }
+    assert_eq!(took.as_secs(), 40);
+    let (fine, _) = may_go_on(|bucket, newest| bucket.change(&newest.file(), Vec::clear)).await;
+    fine.unwrap();
+}
+
+#[test]
 fn one_that_would_be_late_is_not_announced() {
     let (bucket, snapshots) = snapshots();
     let refused = snapshots.create(&lived(), Some(Instant::now()));
@@ -600,14 +659,8 @@ async fn a_change_that_takes_its_time_is_no_loss_until_another_may_have_taken_th
         let bucket: Arc<Bucket> = Arc::default();
         let mut lease = acquire(&bucket, "first").await.unwrap();
         let permit = lease.permit();
-        let (let_go, held_up) = std::sync::mpsc::channel();
-        *bucket.held_up.lock().unwrap() = Some(held_up);
         let keeping = tokio::spawn(async move { lease.keep().await });
-        // While something blocks, time passes only when it is told to.
-        while bucket.held_up.lock().unwrap().is_some() {
-            tokio::time::advance(SECOND / 10).await;
-            std::thread::sleep(Duration::from_millis(2));
-        }
+        let let_go = held_up(&bucket).await;
         tokio::time::advance(seconds * SECOND).await;
         assert!(!permit.holds(), "nothing is known of it");
         let_go.send(()).unwrap();
@@ -649,6 +702,55 @@ async fn who_stops_while_it_waits_for_its_name_to_stay_leaves_no_name_behind() {
     let began = Instant::now();
     acquire(&bucket, "second").await.unwrap();
     assert!(began.elapsed() < 6 * SECOND, "{:?}", began.elapsed());
+}
+
+/// Waits until somebody writes the lease, who then waits for what is returned.
+async fn held_up(bucket: &Bucket) -> std::sync::mpsc::Sender<()> {
+    let (let_go, held_up) = std::sync::mpsc::channel();
+    *bucket.held_up.lock().unwrap() = Some(held_up);
+    // While something blocks, time passes only when it is told to.
+    while bucket.held_up.lock().unwrap().is_some() {
+        pass_a_moment().await;
+    }
+    let_go
+}
+
+/// For everybody, also those off the async threads.
+async fn pass_a_moment() {
+    tokio::time::advance(SECOND / 100).await;
+    std::thread::sleep(Duration::from_millis(2));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_name_that_is_being_written_when_its_process_stops_does_not_stay_behind() {
+    for held in [false, true] {
+        let bucket: Arc<Bucket> = Arc::default();
+        let stop = CancellationToken::new();
+        let (stopping, volume) = (stop.clone(), Arc::clone(&bucket));
+        let live = async move {
+            let (name, vitals) = ("first".to_owned(), Vitals::default());
+            let lease = Lease::acquire(volume, name, Wait::ForIt, &vitals, &stopping).await.unwrap();
+            let Some(mut lease) = lease else { return };
+            tokio::select! {
+                lost = lease.keep() => panic!("{lost:?}"),
+                () = stopping.cancelled() => lease.release().await,
+            }
+        };
+        let living = tokio::spawn(live);
+        if held {
+            sleep(6 * SECOND).await;
+        }
+        let let_go = held_up(&bucket).await;
+        stop.cancel();
+        for _ in 0..20 {
+            pass_a_moment().await;
+        }
+        let_go.send(()).unwrap();
+        living.await.unwrap();
+        let began = Instant::now();
+        acquire(&bucket, "second").await.unwrap();
+        assert!(began.elapsed() < 6 * SECOND, "held: {held}, {:?}", began.elapsed());
+    }
 }
 
 #[tokio::test(start_paused = true)]

@@ -19,7 +19,7 @@ use relayer::event::Signatures;
 use relayer::store::{Store, Stretch};
 
 /// What the store gives redb.
-const CACHE_BYTES: usize = 64 << 20;
+const CACHE_BYTES: usize = 48 << 20;
 const BYTES: TableDefinition<u64, &[u8]> = TableDefinition::new("bytes");
 /// Commits into one file: the first one finds it small.
 const COMMITS: usize = 8;

@@ -17,7 +17,7 @@ use super::schema::{
 use super::{StoreError, log, write_progress};
 
 /// Memory redb may use for pages, in bytes; its own default is 1 GiB.
-const CACHE_BYTES: usize = 64 << 20;
+const CACHE_BYTES: usize = 48 << 20;
 
 pub(super) fn builder() -> redb::Builder {
     let mut builder = Database::builder();

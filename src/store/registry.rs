@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use alloy::primitives::Address;
-use redb::ReadableTable;
+use redb::{ReadableTable, ReadableTableMetadata};
 use serde::{Deserialize, Serialize};
 
 use super::StoreError;
@@ -52,14 +52,18 @@ pub struct Registry {
 
 impl Registry {
     pub(super) fn load(
-        table: &impl ReadableTable<&'static [u8; 20], &'static [u8]>,
+        table: &(impl ReadableTable<&'static [u8; 20], &'static [u8]> + ReadableTableMetadata),
     ) -> Result<Self, StoreError> {
+        let rows = usize::try_from(table.len()?).unwrap_or(0);
         let mut registry = Self::default();
+        // Grown step by step it would leave as much behind as it takes.
+        registry.places.reserve(rows);
+        registry.chunks.reserve(rows.div_ceil(CHUNK));
         for row in table.iter()? {
             let (address, value) = row?;
             registry.set(Address::from(*address.value()), Some(&Escrow::decode(value.value())?));
+            registry.forget_arrivals();
         }
-        registry.forget_arrivals();
         Ok(registry)
     }
 
@@ -101,7 +105,7 @@ impl Registry {
     fn watch(&mut self, address: Address) {
         self.places.insert(address, self.places.len() as u32);
         if self.chunks.last().is_none_or(|chunk| chunk.len() == CHUNK) {
-            self.chunks.push(Addresses::default());
+            self.chunks.push(Vec::with_capacity(CHUNK).into());
         }
         let last = self.chunks.last_mut().expect("just made");
         last.change(|list| list.push(address));
@@ -209,7 +213,11 @@ impl Registry {
     /// Nobody will ask for those that have come so far.
     pub(super) fn forget_arrivals(&mut self) {
         self.forgotten = self.arrivals();
-        self.arrived = Vec::new();
+        // A few come again soon; the room that many took is given back.
+        if self.arrived.capacity() > CHUNK {
+            self.arrived = Vec::new();
+        }
+        self.arrived.clear();
     }
 
     /// Watched escrows that ended in block `last` or before, at most `limit`; some may have gone on since.

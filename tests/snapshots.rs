@@ -42,6 +42,14 @@ impl Fleet {
         }
     }
 
+    /// A command that publishes there, and is not answered.
+    async fn replaying(&self, machine: &Setup) -> Running {
+        self.pubsub.on_publish(|_| Answer::Hang);
+        let replaying = machine.start(CHANGING[0]);
+        self.pubsub.wait_for_requests(self.pubsub.requests().len() + 1).await;
+        replaying
+    }
+
     /// Another instance, on some other machine, that holds the lease and does nothing else.
     async fn held(&self) -> Holder {
         let folder = self.volume.path().join("snapshots");
@@ -423,9 +431,7 @@ async fn a_command_that_publishes_holds_the_lease_meanwhile_and_gives_it_up_at_i
     fleet.live(2).await;
     machine.run_to_head().await;
     let published = fleet.pubsub.messages().len();
-    fleet.pubsub.on_publish(|_| Answer::Hang);
-    let replaying = machine.start(CHANGING[0]);
-    fleet.pubsub.wait_for_requests(fleet.pubsub.requests().len() + 1).await;
+    let replaying = fleet.replaying(&machine).await;
     assert!(fleet.holder().is_string(), "the command has it");
     let mut other = fleet.machine().start(&["run"]);
     other.wait_logged("standing by").await;
@@ -448,9 +454,7 @@ async fn a_command_whose_lease_is_taken_ends_and_says_so() {
     let machine = fleet.machine();
     fleet.live(1).await;
     machine.run_to_head().await;
-    fleet.pubsub.on_publish(|_| Answer::Hang);
-    let replaying = machine.start(CHANGING[0]);
-    fleet.pubsub.wait_for_requests(fleet.pubsub.requests().len() + 1).await;
+    let replaying = fleet.replaying(&machine).await;
     let _holder = fleet.held().await;
     let ended = replaying.ended().await;
     let ended =
@@ -464,9 +468,7 @@ async fn a_command_has_the_store_until_it_has_given_up_the_lease() {
     let machine = fleet.machine();
     fleet.live(1).await;
     machine.run_to_head().await;
-    fleet.pubsub.on_publish(|_| Answer::Hang);
-    let replaying = machine.start(CHANGING[0]);
-    fleet.pubsub.wait_for_requests(fleet.pubsub.requests().len() + 1).await;
+    let replaying = fleet.replaying(&machine).await;
     // From now on who looks at the lease gets no answer: giving it up takes its time.
     let lease = fleet.volume.path().join("snapshots").join("lease.json");
     fs::remove_file(&lease).expect("it is there");

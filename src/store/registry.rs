@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use alloy::primitives::Address;
-use redb::{ReadableTable, ReadableTableMetadata};
+use redb::ReadableTable;
 use serde::{Deserialize, Serialize};
 
 use super::StoreError;
@@ -52,7 +52,7 @@ pub struct Registry {
 
 impl Registry {
     pub(super) fn load(
-        table: &(impl ReadableTable<&'static [u8; 20], &'static [u8]> + ReadableTableMetadata),
+        table: &impl ReadableTable<&'static [u8; 20], &'static [u8]>,
     ) -> Result<Self, StoreError> {
         let rows = usize::try_from(table.len()?).unwrap_or(0);
         let mut registry = Self::default();

@@ -94,7 +94,12 @@ impl Browser {
         let driver = format!("http://127.0.0.1:{port}/session");
         let made = command(&http, &driver, &wanted).await;
         let session = format!("{driver}/{}", made["sessionId"].as_str().expect("a session"));
-        Browser { _driver: child, http, session, _profile: profile }
+        let browser = Browser { _driver: child, http, session, _profile: profile };
+        // What the page that it begins with asks for, and says, is no concern of ours.
+        browser.open("about:blank").await;
+        browser.requests().await;
+        browser.console().await;
+        browser
     }
 
     async fn command(&self, path: &str, body: Value) -> Value {

@@ -325,8 +325,7 @@ impl<S: Sink> Publisher<S> {
         if !self.has_more() || !self.has_room() {
             return Ok(());
         }
-        let limit =
-            (self.window() - self.completing()).saturating_sub(self.uncommitted()).clamp(1, RUN_MESSAGES);
+        let limit = self.window().saturating_sub(self.uncommitted()).clamp(1, RUN_MESSAGES);
         // Where a lane is an escrow, what has piled up goes out escrow by escrow: many messages in one request.
         let by_escrow = self.ordering == config::Ordering::Escrow && !self.sink.is_sequential();
         let (more, max_outstanding) = (self.completing(), self.max_outstanding);
@@ -352,23 +351,27 @@ impl<S: Sink> Publisher<S> {
         self.held + self.acknowledged.len() + self.committing.as_ref().map_or(0, |(count, _)| *count)
     }
 
-    /// How many these may be at most, beside what blocked lanes keep from moving.
+    /// How many these may be at most when more are claimed: beside what blocked lanes keep from moving, and what is kept for
+    /// [`Self::completing`].
     fn window(&self) -> usize {
-        let stuck: usize = self.lanes.values().filter(|lane| lane.is_blocked()).map(Lane::len).sum();
-        self.max_outstanding + stuck.min(BLOCKED_WINDOWS * self.max_outstanding)
+        self.window_beside(self.lanes.values().filter(|lane| lane.is_blocked()).map(Lane::len).sum())
     }
 
-    /// How many of these are kept for what makes an escrow's messages complete.
+    /// The same where blocked lanes hold so many.
+    fn window_beside(&self, stuck: usize) -> usize {
+        self.max_outstanding + stuck.min(BLOCKED_WINDOWS * self.max_outstanding) - self.completing()
+    }
+
+    /// How many may be claimed on top, to make an escrow's messages complete.
     fn completing(&self) -> usize {
         self.max_outstanding / COMPLETING
     }
 
     fn has_room(&mut self) -> bool {
+        let uncommitted = self.uncommitted();
         // Without blocked lanes the window is the same for all: no need to count.
-        let uncommitted = self.uncommitted() + self.completing();
-        let room = uncommitted < self.max_outstanding || uncommitted < self.window();
-        let most = (1 + BLOCKED_WINDOWS) * self.max_outstanding - self.completing();
-        let full = !room && self.held >= most;
+        let room = uncommitted < self.window_beside(0) || uncommitted < self.window();
+        let full = !room && self.held >= self.window_beside(usize::MAX);
         if full && !std::mem::replace(&mut self.said_full, true) {
             self.vitals.publishing_stopped(true);
             error!(

@@ -83,7 +83,7 @@ impl Claims {
         // Some may have been acknowledged before, some dropped: there is more to look for behind them.
         while claimed.is_empty() && self.next < end {
             let upto = end.min(self.next.saturating_add(limit as u64));
-            claimed = unacknowledged(read, self.next..upto)?;
+            claimed = unacknowledged(read, self.next..upto, usize::MAX)?.0;
             self.next = upto;
         }
         self.in_order += claimed.len() as u64;
@@ -96,17 +96,15 @@ impl Claims {
         self.settled || self.next >= self.opened_at || self.in_order >= max_outstanding as u64
     }
 
-    fn begin_group(&mut self, read: &ReadTransaction, group: Range<u64>) -> Result<(), StoreError> {
-        let mut entries = unacknowledged(read, group.clone())?;
+    fn begin_group(&mut self, mut entries: Vec<Claimed>, end: u64) {
         entries.sort_unstable_by_key(|Claimed { position, entry }| {
             // The sequence of an escrow's messages grows with their positions.
             (entry.sequence / TOGETHER, entry.escrow, *position)
         });
         self.group = entries.into();
-        self.next = group.end;
-        self.seen_below = self.seen_below.max(group.end);
+        self.next = end;
+        self.seen_below = self.seen_below.max(end);
         self.in_order = 0;
-        Ok(())
     }
 }
 
@@ -132,8 +130,8 @@ impl Store {
             let (read, end) = self.claimable(&mut claims)?;
             let upto = match stored_group(&read)? {
                 Some(group) if group.contains(&claims.next) => {
-                    let rest = claims.next..group.end;
-                    claims.begin_group(&read, rest)?;
+                    let entries = unacknowledged(&read, claims.next..group.end, usize::MAX)?.0;
+                    claims.begin_group(entries, group.end);
                     continue;
                 }
                 Some(group) if claims.next < group.start => group.start,
@@ -141,10 +139,12 @@ impl Store {
             };
             let is_backlog = upto == end && end - claims.next >= claims.groups.backlog;
             if is_backlog && claims.is_settled(max_outstanding) {
-                let group = next_group(&read, claims.next..end, claims.groups)?;
-                self.store_group(&group)?;
+                let Groups { entries, bytes, .. } = claims.groups;
+                let most = claims.next..end.min(claims.next + entries);
+                let (entries, end) = unacknowledged(&read, most, bytes)?;
+                self.store_group(claims.next..end)?;
                 claims.settled = true;
-                claims.begin_group(&read, group)?;
+                claims.begin_group(entries, end);
                 continue;
             }
             let claimed = claims.in_log_order(&read, limit, upto)?;
@@ -183,7 +183,7 @@ impl Store {
     }
 
     /// Of one group before it nothing is kept: what is left of that was handed out, all of it, so its order is of no matter.
-    fn store_group(&self, group: &Range<u64>) -> Result<(), StoreError> {
+    fn store_group(&self, group: Range<u64>) -> Result<(), StoreError> {
         let transaction = self.db.begin_write()?;
         {
             let mut marks = transaction.open_table(MARKS)?;
@@ -200,32 +200,24 @@ fn stored_group(read: &ReadTransaction) -> Result<Option<Range<u64>>, StoreError
     Ok(mark(GROUP_START)?.zip(mark(GROUP_END)?).map(|(start, end)| start..end))
 }
 
-/// As much of `backlog` as a group may hold.
-fn next_group(
+/// The entries at these positions that are not acknowledged, as far as the bodies of all have no more than so many bytes (but
+/// one at least is looked at); and where that ends.
+fn unacknowledged(
     read: &ReadTransaction,
-    backlog: Range<u64>,
-    at_most: Groups,
-) -> Result<Range<u64>, StoreError> {
-    let most = backlog.start..backlog.end.min(backlog.start + at_most.entries);
-    let mut bytes = 0;
-    for entry in log::entries(&read.open_table(EVENT_LOG)?, most.clone())? {
+    positions: Range<u64>,
+    at_most: usize,
+) -> Result<(Vec<Claimed>, u64), StoreError> {
+    let acknowledged = read.open_table(ACKNOWLEDGED)?;
+    let (mut claimed, mut bytes) = (Vec::new(), 0);
+    for entry in log::entries(&read.open_table(EVENT_LOG)?, positions.clone())? {
         let (position, entry) = entry?;
         bytes += entry.body.len();
-        if bytes > at_most.bytes {
-            return Ok(most.start..position.max(most.start + 1));
+        if bytes > at_most && position > positions.start {
+            return Ok((claimed, position));
         }
-    }
-    Ok(most)
-}
-
-fn unacknowledged(read: &ReadTransaction, positions: Range<u64>) -> Result<Vec<Claimed>, StoreError> {
-    let acknowledged = read.open_table(ACKNOWLEDGED)?;
-    let mut claimed = Vec::new();
-    for entry in log::entries(&read.open_table(EVENT_LOG)?, positions)? {
-        let (position, entry) = entry?;
         if run_end(&acknowledged, position)?.is_none() {
             claimed.push(Claimed { position, entry });
         }
     }
-    Ok(claimed)
+    Ok((claimed, positions.end))
 }

@@ -208,11 +208,15 @@ pub enum Kind {
 
 /// One message of the event log, complete: the bytes stored are the bytes sent.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Entry {
+#[serde(bound(
+    serialize = "N: Serialize, B: serde_bytes::Serialize",
+    deserialize = "N: Deserialize<'de>, B: serde_bytes::Deserialize<'de>"
+))]
+pub struct Entry<N = String, B = Vec<u8>> {
     /// Event or retraction.
     pub kind: Kind,
     /// The original event's name, for a retraction too.
-    pub name: String,
+    pub name: N,
     /// Whether the event announces its escrow.
     pub announces: bool,
     /// Who emitted the log.
@@ -235,28 +239,11 @@ pub struct Entry {
     pub stored_at: u64,
     /// The message's body.
     #[serde(with = "serde_bytes")]
-    pub body: Vec<u8>,
+    pub body: B,
 }
 
-/// The entry that an event becomes, to be encoded: an [`Entry`] with the same fields in the same order, of which nothing is
-/// copied.
-#[derive(Debug, Serialize)]
-pub(super) struct NewEntry<'a> {
-    pub kind: Kind,
-    pub name: &'a str,
-    pub announces: bool,
-    pub emitter: Address,
-    pub escrow: Address,
-    pub block_number: u64,
-    pub block_hash: B256,
-    pub log_index: u64,
-    pub sequence: u64,
-    pub epoch: u64,
-    pub late: bool,
-    pub stored_at: u64,
-    #[serde(with = "serde_bytes")]
-    pub body: &'a [u8],
-}
+/// The entry that an event becomes, to be encoded: nothing of the event is copied.
+pub(super) type NewEntry<'a> = Entry<&'a str, &'a [u8]>;
 
 impl Entry {
     /// The id of the message this entry is.

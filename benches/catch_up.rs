@@ -99,6 +99,10 @@ fn compare(criterion: &mut Criterion, name: &str, time_a_log: Duration) {
 
     if time_a_log > Duration::ZERO {
         ratios.measure("until_acknowledged", acknowledged);
+        broker.take_counts();
+        acknowledged();
+        let (requests, messages) = broker.take_counts();
+        ratios.say(format!("until_acknowledged: {messages} messages in {requests} requests to Pub/Sub"));
         ratios.compare("fetch_decode_commit", "one_raw_get_logs", 1.5);
         ratios.compare("fetch_decode_commit", "fetch_and_throw_away", 1.5);
         ratios.compare("fetch_decode_commit", "fetch_in_turn_and_throw_away", 1.5);

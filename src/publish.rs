@@ -35,7 +35,7 @@ use tracing::{error, info, warn};
 use crate::backoff::Backoff;
 use crate::config;
 use crate::permit::Permit;
-use crate::store::{Claimed, Entry, Store, StoreError, on_disk};
+use crate::store::{Appended, Claimed, Entry, Store, StoreError, on_disk};
 use crate::telemetry::metrics;
 use crate::vitals::{Loop, Vitals};
 use lane::{Item, Lane, LaneId, Recovered};
@@ -49,6 +49,8 @@ const RUN_BYTES: usize = 8 << 20;
 const BLOCKED_WINDOWS: usize = 10;
 /// That part of `sink.max_outstanding` is for what makes an escrow's messages complete.
 const COMPLETING: usize = 16;
+/// What a catch-up brings may wait so long for more of the same escrows: in one request they cost little more than one does.
+const GATHER: Duration = Duration::from_secs(1);
 /// Until it is looked again whether something may be handed over.
 const UNPERMITTED: Duration = Duration::from_millis(200);
 
@@ -176,9 +178,13 @@ pub struct Publisher<S> {
     /// The commit under way and how many acknowledgements it holds.
     committing: Option<(usize, Commit)>,
     outage: Option<Outage>,
+    /// Lanes whose first message is refused.
+    blocked: HashSet<LaneId>,
     /// Lanes whose last attempt found the sink unavailable.
     failing: HashSet<LaneId>,
-    appended: watch::Receiver<u64>,
+    appended: watch::Receiver<Appended>,
+    /// Until when entries are left in the store for more to join them.
+    gathering_until: Option<Instant>,
     said_full: bool,
     vitals: Arc<Vitals>,
     permit: Arc<Permit>,
@@ -215,7 +221,9 @@ impl<S: Sink> Publisher<S> {
             pending: VecDeque::new(),
             committing: None,
             outage: None,
+            blocked: HashSet::new(),
             failing: HashSet::new(),
+            gathering_until: None,
             said_full: false,
             permit: Arc::new(Permit::forever()),
             vitals: Arc::default(),
@@ -254,16 +262,17 @@ impl<S: Sink> Publisher<S> {
             self.hand_over();
         }
         self.start_commit();
+        let gathering = self.gathering_until.filter(|until| *until > Instant::now());
         if self.in_flight.is_empty() && self.committing.is_none() {
-            return Ok(match self.next_try() {
+            return Ok(match [self.next_try(), gathering].into_iter().flatten().min() {
                 _ if !permitted => Step::Wait(UNPERMITTED),
-                _ if self.has_more() && self.has_room() => Step::Progress,
+                _ if gathering.is_none() && self.has_more() && self.has_room() => Step::Progress,
                 Some(at) => Step::Wait(at.saturating_duration_since(Instant::now())),
                 None => Step::Idle,
             });
         }
         // Without the permit nothing may be tried, however long its pause is over.
-        let next_try = self.next_try().filter(|_| permitted);
+        let next_try = [self.next_try(), gathering].into_iter().flatten().min().filter(|_| permitted);
         let room = self.has_room();
         // The sink may take its time; a commit may not.
         let patient = self.committing.is_none();
@@ -293,15 +302,13 @@ impl<S: Sink> Publisher<S> {
         let committed = self.committing.is_none() && self.acknowledged.is_empty() && self.refused.is_empty();
         let busy = !self.in_flight.is_empty() || !committed || !self.pending.is_empty();
         let all_claimed = !self.has_more() || self.said_full;
-        !busy && all_claimed && self.lanes.values().all(Lane::is_blocked)
+        !busy && all_claimed && self.blocked.len() == self.lanes.len()
     }
 
     /// Lanes whose first message is refused, with the reason.
     pub fn blocked(&self) -> Vec<(String, String)> {
-        self.lanes
-            .iter()
-            .filter_map(|(id, lane)| lane.blocked().map(|reason| (id.to_string(), reason.to_owned())))
-            .collect()
+        let reason = |id: &LaneId| self.lanes[id].blocked().map(str::to_owned);
+        self.blocked.iter().filter_map(|id| Some((id.to_string(), reason(id)?))).collect()
     }
 
     /// Lets what is under way finish and commits its acknowledgements; hands over nothing more.
@@ -322,12 +329,16 @@ impl<S: Sink> Publisher<S> {
 
     /// Claims entries from the log while there is room for them in memory.
     async fn refill(&mut self) -> Result<(), PublishError> {
-        if !self.has_more() || !self.has_room() {
+        if !self.has_more() {
+            self.gathering_until = None;
+            return Ok(());
+        }
+        // Where a lane is an escrow, what has piled up goes out escrow by escrow: many messages in one request.
+        let by_escrow = self.ordering == config::Ordering::Escrow && !self.sink.is_sequential();
+        if by_escrow && self.gathers() || !self.has_room() {
             return Ok(());
         }
         let limit = self.window().saturating_sub(self.uncommitted()).clamp(1, RUN_MESSAGES);
-        // Where a lane is an escrow, what has piled up goes out escrow by escrow: many messages in one request.
-        let by_escrow = self.ordering == config::Ordering::Escrow && !self.sink.is_sequential();
         let (more, max_outstanding) = (self.completing(), self.max_outstanding);
         let claim = move |store: &Store| match by_escrow {
             true => store.claim_by_escrow(limit, more, max_outstanding),
@@ -342,6 +353,15 @@ impl<S: Sink> Publisher<S> {
         Ok(())
     }
 
+    /// Whether what waits is left in the store, so that more of the same escrows joins it.
+    fn gathers(&mut self) -> bool {
+        if !self.store.gathers() {
+            self.gathering_until = None;
+            return false;
+        }
+        *self.gathering_until.get_or_insert_with(|| Instant::now() + GATHER) > Instant::now()
+    }
+
     fn message(&self, entry: &Entry) -> Message {
         Message::of(entry, self.store.identity().chain_id, self.ordering)
     }
@@ -354,7 +374,7 @@ impl<S: Sink> Publisher<S> {
     /// How many these may be at most when more are claimed: beside what blocked lanes keep from moving, and what is kept for
     /// [`Self::completing`].
     fn window(&self) -> usize {
-        self.window_beside(self.lanes.values().filter(|lane| lane.is_blocked()).map(Lane::len).sum())
+        self.window_beside(self.blocked.iter().map(|id| self.lanes[id].len()).sum())
     }
 
     /// The same where blocked lanes hold so many.
@@ -369,8 +389,7 @@ impl<S: Sink> Publisher<S> {
 
     fn has_room(&mut self) -> bool {
         let uncommitted = self.uncommitted();
-        // Without blocked lanes the window is the same for all: no need to count.
-        let room = uncommitted < self.window_beside(0) || uncommitted < self.window();
+        let room = uncommitted < self.window();
         let full = !room && self.held >= self.window_beside(usize::MAX);
         if full && !std::mem::replace(&mut self.said_full, true) {
             self.vitals.publishing_stopped(true);
@@ -487,6 +506,7 @@ impl<S: Sink> Publisher<S> {
             match lane.succeeded() {
                 Some(Recovered::Unblocked) => {
                     info!(lane = %id, "Lane unblocked: its message was taken");
+                    self.blocked.remove(&id);
                     self.vitals.lane_unblocked(&id.to_string());
                     self.measure();
                 }
@@ -543,6 +563,7 @@ impl<S: Sink> Publisher<S> {
         let (pause, newly) = lane.refused(reason, alone);
         let front = lane.front().expect("a refused message stays");
         if newly {
+            self.blocked.insert(id);
             error!(lane = %id, %reason, "Lane blocked: its message is refused; the others go on");
             self.vitals.lane_blocked(id.to_string(), reason);
             self.refused.push((front, id.to_string(), reason.to_owned()));
@@ -564,7 +585,7 @@ impl<S: Sink> Publisher<S> {
             }
             return;
         }
-        let unblocked = self.lanes.values().filter(|lane| !lane.is_blocked()).count();
+        let unblocked = self.lanes.len() - self.blocked.len();
         if self.failing.len() >= 2 || self.failing.len() == unblocked {
             warn!(sink = self.sink.name(), %reason, waiting = self.store.waiting(),
                 "{} is unavailable: messages wait in order until it answers", self.sink.name());
@@ -597,8 +618,7 @@ impl<S: Sink> Publisher<S> {
     }
 
     fn measure(&self) {
-        let blocked = self.lanes.values().filter(|lane| lane.is_blocked()).count();
-        metrics::sink(blocked, self.outage.is_some());
+        metrics::sink(self.blocked.len(), self.outage.is_some());
         self.vitals.outage(self.outage.is_some());
     }
 

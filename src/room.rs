@@ -56,6 +56,8 @@ impl Room {
         }
         let (waiting, max_waiting) = (self.store.waiting(), self.max_waiting);
         warn!(waiting, max_waiting, "Too many events wait to be published: reading pauses");
+        // The publisher must not wait for what waits for it.
+        self.store.expect_more(false);
         let mut said = false;
         while !self.is_some() {
             let blocked = if said { None } else { self.blocked() };
@@ -120,12 +122,15 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_job_waits_while_something_may_be_published_and_ends_when_all_is_blocked() {
         let (vitals, room) = full(false);
+        room.store.expect_more(true);
+        let appended = room.store.appended();
         let waiting = tokio::spawn(async move { room.wait().await });
         // The publisher has not seen the last entry yet.
         for upto in [None, Some(2)] {
             vitals.all_blocked_upto(upto);
             tokio::time::sleep(Duration::from_secs(60)).await;
             assert!(!waiting.is_finished(), "{upto:?}");
+            assert!(!appended.borrow().more, "the publisher waits for nothing");
         }
         vitals.all_blocked_upto(Some(3));
         let ended = waiting.await.unwrap().unwrap_err().to_string();

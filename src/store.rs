@@ -186,6 +186,17 @@ pub struct Stretch {
     pub unfinal_from: Option<u64>,
     /// Escrows that ended in this block or before need not be asked for any more.
     pub archive_upto: Option<u64>,
+    /// Blocks behind these are known, and are read next.
+    pub more: bool,
+}
+
+/// What a publisher waits on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Appended {
+    /// The end of the event log.
+    pub end: u64,
+    /// Whether more is about to be appended: a catch-up is under way.
+    pub more: bool,
 }
 
 /// What a retraction did.
@@ -221,7 +232,7 @@ pub struct Store {
     late_reads: Mutex<BTreeMap<u64, LateRead>>,
     claims: Mutex<Claims>,
     waiting: AtomicU64,
-    appended: watch::Sender<u64>,
+    appended: watch::Sender<Appended>,
 }
 
 impl Store {
@@ -302,7 +313,7 @@ impl Store {
             epoch: life.epoch,
             late_reads,
             claims: Mutex::new(Claims::new(watermark, progress.next_position)),
-            appended: watch::Sender::new(progress.next_position),
+            appended: watch::Sender::new(Appended { end: progress.next_position, more: false }),
             writer: Mutex::new(()),
             progress: Mutex::new(progress),
             registry: RwLock::new(registry),
@@ -357,9 +368,14 @@ impl Store {
         self.waiting.load(Ordering::Acquire)
     }
 
-    /// Changes whenever entries were appended: what an idle publisher waits on.
-    pub fn appended(&self) -> watch::Receiver<u64> {
+    /// Changes whenever entries were appended, or no more are expected: what an idle publisher waits on.
+    pub fn appended(&self) -> watch::Receiver<Appended> {
         self.appended.subscribe()
+    }
+
+    /// Whether more is about to be appended than was so far.
+    pub fn expect_more(&self, more: bool) {
+        self.appended.send_if_modified(|appended| std::mem::replace(&mut appended.more, more) && !more);
     }
 
     /// Accepted blocks whose hashes are known, newest first.
@@ -433,7 +449,14 @@ impl Store {
         if !ended.is_empty() {
             self.registry.write().expect("a registry writer panicked").forget_ended(&ended);
         }
+        // A publisher may leave what was appended until more comes: that it is to come it hears first, that it is not last.
+        if stretch.more {
+            self.expect_more(true);
+        }
         self.moved(progress, changed, 0);
+        if !stretch.more {
+            self.expect_more(false);
+        }
         Ok(())
     }
 
@@ -528,7 +551,7 @@ impl Store {
         let cursor = current.cursor.map(|(number, _)| number);
         drop(current);
         self.measure(cursor);
-        self.appended.send_if_modified(|last| std::mem::replace(last, end) != end);
+        self.appended.send_if_modified(|appended| std::mem::replace(&mut appended.end, end) != end);
     }
 
     fn measure(&self, cursor: Option<u64>) {

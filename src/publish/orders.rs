@@ -115,9 +115,8 @@ impl<S: Sink> Publisher<S> {
 
     fn retry(&mut self, only: Option<&[u64]>) -> usize {
         let wanted = |front: u64| only.is_none_or(|positions| positions.contains(&front));
-        let lanes = self.lanes.iter().filter(|(_, lane)| lane.is_blocked());
-        let ids: Vec<LaneId> =
-            lanes.filter(|(_, lane)| lane.front().is_some_and(wanted)).map(|(id, _)| *id).collect();
+        let wanted = |id: &LaneId| self.lanes[id].front().is_some_and(wanted);
+        let ids: Vec<LaneId> = self.blocked.iter().copied().filter(wanted).collect();
         for id in &ids {
             self.go_on(*id);
         }
@@ -140,11 +139,11 @@ impl<S: Sink> Publisher<S> {
 
     /// `None`: it is under way just now.
     async fn give_up(&mut self, position: u64) -> Result<Option<bool>, PublishError> {
-        let of_it = self.lanes.iter().find(|(_, lane)| lane.is_blocked() && lane.front() == Some(position));
-        let Some((id, lane)) = of_it.map(|(id, lane)| (*id, lane)) else {
+        let of_it = |id: &&LaneId| self.lanes[*id].front() == Some(position);
+        let Some(id) = self.blocked.iter().find(of_it).copied() else {
             return Ok(Some(false));
         };
-        if lane.resting_front().is_none() {
+        if self.lanes[&id].resting_front().is_none() {
             return Ok(None);
         }
         // In the store first: should the process end in between, the lane is gone as well.
@@ -154,6 +153,7 @@ impl<S: Sink> Publisher<S> {
         let lane = self.lanes.get_mut(&id).expect("just found");
         self.ready.remove(&(position, id));
         let (_, was_outstanding) = lane.give_up_front();
+        self.blocked.remove(&id);
         self.held -= 1;
         self.outstanding -= usize::from(was_outstanding);
         self.vitals.lane_unblocked(&id.to_string());

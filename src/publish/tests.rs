@@ -159,6 +159,11 @@ impl StorageBackend for Disk {
 }
 
 fn append(store: &Store, escrows: &[u8], approvals: &[u8]) {
+    append_and(store, escrows, approvals, false);
+}
+
+/// `more`: blocks behind these are about to be read.
+fn append_and(store: &Store, escrows: &[u8], approvals: &[u8], more: bool) {
     let parse = |text: &str| vec![AbiEvent::parse(text).unwrap()];
     let (deployed, approved) =
         ("EscrowDeployed(address indexed escrow)", "Approved(address indexed approver)");
@@ -187,7 +192,7 @@ fn append(store: &Store, escrows: &[u8], approvals: &[u8]) {
     });
     let announced = escrows.iter().map(|number| (escrow(*number), block)).collect();
     let events = events.collect();
-    store.accept(&Stretch { announced, events, blocks: vec![block], ..Stretch::default() }).unwrap();
+    store.accept(&Stretch { announced, events, blocks: vec![block], more, ..Stretch::default() }).unwrap();
 }
 
 fn settings(max_outstanding: usize) -> config::Sink {
@@ -233,6 +238,75 @@ async fn a_lanes_messages_go_in_one_run_and_what_was_acknowledged_is_committed()
     assert_eq!(attempts, vec![vec!["0x01:1", "0x01:2", "0x01:3"], vec!["0x02:1", "0x02:2"]]);
     assert_eq!((store.waiting(), store.watermark().unwrap()), (0, 5));
     assert!(publisher.lanes.is_empty() && publisher.held == 0 && publisher.outstanding == 0);
+}
+
+/// Steps until nothing is left to be done before entries are appended; when it had to wait for time to pass, for how long.
+async fn settle(publisher: &mut Publisher<Script>) -> Option<Duration> {
+    loop {
+        match publisher.step().await.unwrap() {
+            Step::Progress => {}
+            Step::Idle => return None,
+            Step::Wait(pause) => return Some(pause),
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_a_catch_up_brings_waits_for_more_of_the_same_escrows_until_it_is_over() {
+    let store = store(&[], &[]);
+    let sink = Arc::new(Script::default());
+    let mut publisher = Publisher::new(Arc::clone(&sink), Arc::clone(&store), &settings(1000));
+    append_and(&store, &[1, 2], &[], true);
+    let pause = settle(&mut publisher).await.expect("it does not wait for ever");
+    assert_eq!((pause, sink.attempts.lock().unwrap().len()), (GATHER, 0));
+    append_and(&store, &[], &[2, 1], true);
+    assert!(settle(&mut publisher).await.is_some());
+    // Blocks without events end it, too.
+    append(&store, &[], &[]);
+    drain(&mut publisher).await;
+    let mut attempts = sink.attempts.lock().unwrap().clone();
+    attempts.sort();
+    assert_eq!(attempts, vec![vec!["0x01:1", "0x01:2"], vec!["0x02:1", "0x02:2"]]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_waits_for_a_catch_up_does_not_wait_longer_than_a_second() {
+    let store = store(&[], &[]);
+    let sink = Arc::new(Script::default());
+    let mut publisher = Publisher::new(Arc::clone(&sink), Arc::clone(&store), &settings(1000));
+    for escrow in [1, 2] {
+        append_and(&store, &[escrow], &[], true);
+        let began = Instant::now();
+        drain(&mut publisher).await;
+        assert_eq!(sink.stored().len(), escrow as usize);
+        assert!((GATHER..GATHER * 2).contains(&began.elapsed()), "{:?}", began.elapsed());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_fills_a_group_waits_for_no_more() {
+    let store = store(&[], &[]);
+    store.group_by(Groups { backlog: 3, entries: 4, bytes: 1 << 20 });
+    let sink = Arc::new(Script::default());
+    let mut publisher = Publisher::new(Arc::clone(&sink), Arc::clone(&store), &settings(1000));
+    append_and(&store, &[1, 2], &[1, 2, 1], true);
+    let began = Instant::now();
+    settle(&mut publisher).await;
+    assert_eq!((sink.stored().len(), began.elapsed() < GATHER), (4, true));
+}
+
+#[tokio::test(start_paused = true)]
+async fn where_a_request_is_not_of_one_escrow_a_catch_up_is_published_as_it_comes() {
+    let buckets = config::Ordering::Bucket(NonZeroU32::new(2).unwrap());
+    for ordering in [config::Ordering::None, buckets] {
+        let store = store(&[], &[]);
+        let sink = Arc::new(Script::default());
+        let settings = config::Sink { ordering, ..settings(1000) };
+        let mut publisher = Publisher::new(Arc::clone(&sink), Arc::clone(&store), &settings);
+        append_and(&store, &[1], &[], true);
+        assert_eq!(settle(&mut publisher).await, None, "{ordering:?}");
+        assert_eq!(sink.stored().len(), 1, "{ordering:?}");
+    }
 }
 
 #[tokio::test(start_paused = true)]

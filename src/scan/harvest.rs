@@ -97,19 +97,21 @@ impl Harvest {
         Self { logs, forks, times, announced, fresh_logs: later, ready }
     }
 
-    /// Reads the announcements among what was gathered.
+    /// Reads the announcements among what was gathered, on as many cores as there is work for.
     fn read_announcements(&mut self, decoder: &Decoder) {
-        for place in &self.fresh_logs {
+        let by_factory = |place: &&Place| self.logs[place].address == decoder.factory;
+        let places: Vec<Place> = self.fresh_logs.iter().filter(by_factory).copied().collect();
+        let read = on_cores(&places, |place| {
             let log = &self.logs[place];
-            if log.address != decoder.factory {
-                continue;
-            }
-            if let Recognised::Known(decoded) = decoder.signatures.recognise(Role::Announcement, log) {
-                self.announced.insert(*place, (decoded.escrow(log), log.block));
-                if let Some(time) = self.time_of(log) {
-                    self.ready.insert(*place, decoded.event(decoder.chain_id, log, time));
-                }
-            }
+            let Recognised::Known(decoded) = decoder.signatures.recognise(Role::Announcement, log) else {
+                return None;
+            };
+            let event = self.time_of(log).map(|time| decoded.event(decoder.chain_id, log, time));
+            Some((*place, (decoded.escrow(log), log.block), event))
+        });
+        for (place, announced, event) in read {
+            self.announced.insert(place, announced);
+            self.ready.extend(event.map(|event| (place, event)));
         }
     }
 
@@ -138,66 +140,60 @@ impl Harvest {
 
     /// Decodes and encodes these logs, on as many cores as there is work for.
     fn decode(&mut self, decoder: &Decoder, places: &[Place]) {
-        let logs = |part: &[Place]| -> Vec<(Place, Event)> {
-            let decoded = part.iter().filter_map(|place| {
-                let log = &self.logs[place];
-                let time = self.time_of(log)?;
-                if log.address == decoder.factory {
-                    return None;
-                }
-                match decoder.signatures.recognise(Role::Lifecycle, log) {
-                    Recognised::Known(decoded) => Some((*place, decoded.event(decoder.chain_id, log, time))),
-                    // Said where it is known whether it counts.
-                    Recognised::Malformed(_) | Recognised::Unknown => None,
-                }
-            });
-            decoded.collect()
-        };
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let part = places.len().div_ceil(cores).max(LOGS_A_THREAD);
-        let decoded: Vec<Vec<(Place, Event)>> = match places.len() > part {
-            false => vec![logs(places)],
-            true => std::thread::scope(|scope| {
-                let threads: Vec<_> = places.chunks(part).map(|part| scope.spawn(|| logs(part))).collect();
-                threads.into_iter().map(|it| it.join().expect("decoding does not panic")).collect()
-            }),
-        };
-        self.ready.extend(decoded.into_iter().flatten());
+        let decoded = on_cores(places, |place| {
+            let log = &self.logs[place];
+            let time = self.time_of(log)?;
+            if log.address == decoder.factory {
+                return None;
+            }
+            match decoder.signatures.recognise(Role::Lifecycle, log) {
+                Recognised::Known(decoded) => Some((*place, decoded.event(decoder.chain_id, log, time))),
+                // Said where it is known whether it counts.
+                Recognised::Malformed(_) | Recognised::Unknown => None,
+            }
+        });
+        self.ready.extend(decoded);
+    }
+
+    /// Does what there is to do with so many logs: on another thread than those that wait for the network, if they are many.
+    async fn aside(mut self, logs: usize, work: impl FnOnce(&mut Self) + Send + 'static) -> Self {
+        if logs < LOGS_A_THREAD {
+            work(&mut self);
+            return self;
+        }
+        let working = tokio::task::spawn_blocking(move || {
+            work(&mut self);
+            self
+        });
+        match working.await {
+            Ok(harvest) => harvest,
+            Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
+        }
     }
 
     /// Makes events of what was gathered, as far as it can be said by now which logs are; asks for times that are missing,
     /// unless these are `to_be_followed` by others: then for all at once, the next time. `ahead`: nobody waits for it yet.
     pub async fn prepare<C: Chain>(
-        mut self,
+        self,
         chain: &C,
         decoder: &Decoder,
         ahead: bool,
         to_be_followed: impl FnOnce(&Self) -> bool,
     ) -> Result<Self, Trouble> {
-        self.read_announcements(decoder);
-        let mut places = self.take_ours(decoder);
-        let untimed = self.untimed(&places);
-        let untimed_yet =
-            !untimed.is_empty() && (to_be_followed(&self) || !self.ask_times(chain, untimed, ahead).await?);
+        let (fresh, with) = (self.fresh_logs.len(), decoder.clone());
+        let mut harvest = self.aside(fresh, move |harvest| harvest.read_announcements(&with)).await;
+        let mut places = harvest.take_ours(decoder);
+        let untimed = harvest.untimed(&places);
+        let untimed_yet = !untimed.is_empty()
+            && (to_be_followed(&harvest) || !harvest.ask_times(chain, untimed, ahead).await?);
         if untimed_yet {
             let (timed, rest) =
-                places.into_iter().partition(|place| self.time_of(&self.logs[place]).is_some());
-            self.fresh_logs.extend::<Vec<Place>>(rest);
+                places.into_iter().partition(|place| harvest.time_of(&harvest.logs[place]).is_some());
+            harvest.fresh_logs.extend::<Vec<Place>>(rest);
             places = timed;
         }
-        if places.len() < LOGS_A_THREAD {
-            self.decode(decoder, &places);
-            return Ok(self);
-        }
-        let decoder = decoder.clone();
-        let decoding = tokio::task::spawn_blocking(move || {
-            self.decode(&decoder, &places);
-            self
-        });
-        match decoding.await {
-            Ok(harvest) => Ok(harvest),
-            Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
-        }
+        let with = decoder.clone();
+        Ok(harvest.aside(places.len(), move |harvest| harvest.decode(&with, &places)).await)
     }
 
     /// `false`: it was asked for ahead, and not answered.
@@ -273,6 +269,21 @@ impl Harvest {
         stretch.announced.sort_by_key(|(escrow, block)| (block.number, *escrow));
         (stretch, others)
     }
+}
+
+/// What becomes of each, in order, where something does.
+fn on_cores<T: Sync, R: Send>(items: &[T], work: impl Fn(&T) -> Option<R> + Sync) -> Vec<R> {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let part = items.len().div_ceil(cores).max(LOGS_A_THREAD);
+    if items.len() <= part {
+        return items.iter().filter_map(work).collect();
+    }
+    let part_of = |part: &[T]| part.iter().filter_map(&work).collect::<Vec<R>>();
+    let parts: Vec<Vec<R>> = std::thread::scope(|scope| {
+        let threads: Vec<_> = items.chunks(part).map(|part| scope.spawn(|| part_of(part))).collect();
+        threads.into_iter().map(|it| it.join().expect("decoding does not panic")).collect()
+    });
+    parts.into_iter().flatten().collect()
 }
 
 fn is_same(one: &Log, other: &Log) -> bool {

@@ -284,6 +284,7 @@ impl<C: Chain> Scanner<C> {
             let read = self.finalized.map(|block| block.min(range.to()));
             part.archive_upto = read.and_then(|block| block.checked_sub(self.archive_after));
             next = part.blocks.last().map_or(next, |block| block.number + 1);
+            part.more = self.target.is_some_and(|target| next <= target);
             self.commit(part).await?;
         }
         if found > 0 {

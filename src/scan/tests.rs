@@ -772,6 +772,38 @@ async fn until_a_block_reads_that_block_and_not_one_more() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn with_each_stretch_goes_whether_blocks_behind_it_are_known() {
+    for (settings, until) in [
+        (&[][..], Until::Block(35)),
+        (&[("chain.reading", "ranged")], Until::Forever),
+        (&[("rpc.max_range", "4")], Until::Head),
+    ] {
+        let chain = Fake::new(Some(10));
+        (0..40).for_each(|_| chain.extend(&[], &[]));
+        let store = open_store();
+        let mut scanner = scanner(&chain, &store, settings, until);
+        let (mut seen, mut cursor) = (Vec::new(), None);
+        loop {
+            let step = scanner.step().await.unwrap();
+            if store.cursor() != cursor {
+                cursor = store.cursor();
+                seen.push(store.appended().borrow().more);
+            }
+            match step {
+                Step::Idle | Step::Done => break,
+                Step::Progress => {}
+                Step::Wait(pause) => tokio::time::sleep(pause).await,
+            }
+        }
+        let last = seen.pop();
+        assert!(
+            last == Some(false) && !seen.is_empty() && seen.iter().all(|more| *more),
+            "{seen:?}, {last:?}"
+        );
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn tags_as_horizon_are_followed() {
     for horizon in ["safe", "finalized"] {
         let chain = Fake::new(Some(5));

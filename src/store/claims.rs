@@ -32,7 +32,7 @@ pub(crate) struct Groups {
 
 impl Default for Groups {
     fn default() -> Self {
-        Self { backlog: 2_048, entries: 16_384, bytes: 16 << 20 }
+        Self { backlog: 2_048, entries: 32_768, bytes: 16 << 20 }
     }
 }
 
@@ -158,6 +158,13 @@ impl Store {
         let complete = rest.take_while(|place| last.is_some() && escrow(*place) == last).count();
         let count = (limit + complete).min(group.len());
         Ok(group.drain(..count).collect())
+    }
+
+    /// Whether what is to be handed out is fewer than a group takes, and about to become more.
+    pub fn gathers(&self) -> bool {
+        let claims = lock(&self.claims);
+        let unclaimed = lock(&self.progress).next_position.saturating_sub(claims.next);
+        claims.group.is_empty() && unclaimed < claims.groups.entries && self.appended.borrow().more
     }
 
     /// Whether every entry has been handed out.

@@ -7,7 +7,7 @@ use std::{
     collections::BTreeMap,
     ops::RangeInclusive,
     sync::{
-        LazyLock,
+        Arc, LazyLock,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
@@ -20,6 +20,7 @@ use alloy::{
 };
 use serde::{Deserialize, Deserializer};
 use serde_json::{Value, json};
+use tokio::sync::Mutex;
 
 /// What `node tests/contracts/compile.mjs` made of the contracts.
 #[derive(Deserialize)]
@@ -50,6 +51,8 @@ pub struct Chain {
     url: String,
     accounts: Vec<Address>,
     gas: u64,
+    /// Held while a transaction is handed to the pool.
+    submitting: Arc<Mutex<()>>,
 }
 
 /// A contract at an address.
@@ -116,12 +119,18 @@ pub struct Block {
     pub transactions: Vec<B256>,
 }
 
-/// Transactions of one account that tests submit at the same time, at most.
-const SUBMITTED_AT_ONCE: usize = 20;
+/// How often a transaction is submitted whose nonce another one has taken.
+const NONCE_TRIES: usize = 20;
 
 impl Chain {
     pub async fn connect(url: impl Into<String>) -> Chain {
-        let mut chain = Chain { http: reqwest::Client::new(), url: url.into(), accounts: vec![], gas: 0 };
+        let mut chain = Chain {
+            http: reqwest::Client::new(),
+            url: url.into(),
+            accounts: vec![],
+            gas: 0,
+            submitting: Arc::default(),
+        };
         chain.accounts = chain.read("eth_accounts", json!([])).await;
         chain.gas = chain.head().await.gas_limit.min(TRANSACTION_GAS);
         chain
@@ -197,10 +206,12 @@ impl Chain {
         if let Some(to) = to {
             transaction["to"] = json!(to);
         }
-        // The node gives the nonce, to two at once the same one: whoever comes second asks again.
+        // The node gives the nonce, to two at once the same one: then it refuses one of them, or takes both and forgets one
+        // (seen with 1 of 4,000). So one after the other; what blocks mined or replaced meanwhile do to a nonce it refuses.
+        let _alone = self.submitting.lock().await;
         let refusals = ["nonce too low", "already imported", "replacement transaction underpriced"];
         let second = |error: &RpcError| refusals.iter().any(|refusal| error.message.contains(refusal));
-        for _ in 1..SUBMITTED_AT_ONCE {
+        for _ in 1..NONCE_TRIES {
             match self.try_rpc("eth_sendTransaction", json!([transaction])).await {
                 Err(error) if second(&error) => {}
                 Err(error) => panic!("eth_sendTransaction: {} ({})", error.message, error.code),

@@ -10,6 +10,7 @@
 //!    through restarts: so a second crash, before they came again, adds none.
 //!    Without ordering keys, what a lane had handed over behind a message that is refused then may be stored all the
 //!    same, and is not counted while it waits: kept in the count it would leave no room to the other lanes.
+//!    While a catch-up goes on they may be left in the store for a moment: nothing of it is kept, so a crash ends it.
 //! 3. An entry counts as done only after the sink acknowledged it *and* the store committed that.
 //! 4. A refused message blocks its own lane only; what looks like an outage is probed by one run at a time.
 
@@ -49,7 +50,8 @@ const RUN_BYTES: usize = 8 << 20;
 const BLOCKED_WINDOWS: usize = 10;
 /// That part of `sink.max_outstanding` is for what makes an escrow's messages complete.
 const COMPLETING: usize = 16;
-/// What a catch-up brings may wait so long for more of the same escrows: in one request they cost little more than one does.
+/// What a catch-up brings is left in the store so long, counted from when the publisher would have taken it, for more of the
+/// same escrows: in one request they cost little more than one does.
 const GATHER: Duration = Duration::from_secs(1);
 /// Until it is looked again whether something may be handed over.
 const UNPERMITTED: Duration = Duration::from_millis(200);
@@ -335,7 +337,8 @@ impl<S: Sink> Publisher<S> {
         }
         // Where a lane is an escrow, what has piled up goes out escrow by escrow: many messages in one request.
         let by_escrow = self.ordering == config::Ordering::Escrow && !self.sink.is_sequential();
-        if by_escrow && self.gathers() || !self.has_room() {
+        let room = self.has_room();
+        if by_escrow && self.gathers() || !room {
             return Ok(());
         }
         let limit = self.window().saturating_sub(self.uncommitted()).clamp(1, RUN_MESSAGES);
@@ -389,7 +392,8 @@ impl<S: Sink> Publisher<S> {
 
     fn has_room(&mut self) -> bool {
         let uncommitted = self.uncommitted();
-        let room = uncommitted < self.window();
+        // Without blocked lanes the window is the same for all: no need to count.
+        let room = uncommitted < self.window_beside(0) || uncommitted < self.window();
         let full = !room && self.held >= self.window_beside(usize::MAX);
         if full && !std::mem::replace(&mut self.said_full, true) {
             self.vitals.publishing_stopped(true);

@@ -44,6 +44,8 @@ use ahead::Ahead;
 use fork::{Suspicion, Withdrawn};
 use harvest::Decoder;
 
+/// So many blocks to read are a catch-up; fewer are the head, which somebody may wait for.
+const CATCH_UP: u64 = 32;
 /// Unfinal blocks linked and committed together, at most: bounds a batch and a commit.
 const LINKED_BLOCKS: u64 = 128;
 /// How long to leave a node that is behind, or two nodes that disagree, before asking again.
@@ -260,10 +262,15 @@ impl<C: Chain> Scanner<C> {
 
     /// Reads what comes next: one commit at most.
     pub async fn step(&mut self) -> Result<Step, ScanError> {
-        match self.try_step().await {
+        let step = match self.try_step().await {
             Ok(step) => Ok(step),
             Err(trouble) => self.recover(trouble),
+        };
+        // Whoever pauses appends nothing soon.
+        if !matches!(step, Ok(Step::Progress)) {
+            self.store.expect_more(false);
         }
+        step
     }
 
     /// What to do after a step that read nothing.

@@ -186,7 +186,7 @@ pub struct Stretch {
     pub unfinal_from: Option<u64>,
     /// Escrows that ended in this block or before need not be asked for any more.
     pub archive_upto: Option<u64>,
-    /// Blocks behind these are known, and are read next.
+    /// Many blocks behind these are known, and are read next.
     pub more: bool,
 }
 
@@ -589,7 +589,12 @@ pub(crate) async fn on_disk<T: Send + 'static>(
     work: impl FnOnce(&Store) -> Result<T, StoreError> + Send + 'static,
 ) -> Result<T, StoreError> {
     let store = Arc::clone(store);
-    match tokio::task::spawn_blocking(move || work(&store)).await {
+    on_thread(move || work(&store)).await
+}
+
+/// Does what takes a while on a thread that nobody waits for the network on. A panic there goes on here.
+pub(crate) async fn on_thread<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    match tokio::task::spawn_blocking(work).await {
         Ok(result) => result,
         Err(error) => match error.try_into_panic() {
             Ok(panicked) => std::panic::resume_unwind(panicked),

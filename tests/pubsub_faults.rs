@@ -13,6 +13,7 @@ use common::relay::truth::Truth;
 use common::relay::{self, Running};
 use common::{Answer, Anvil, Line, PubSub, World};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::runtime::{Builder, Runtime};
 
 const TOPIC: &str = "projects/test-project/topics/settlement.events.v1";
 
@@ -160,11 +161,12 @@ async fn a_topic_deleted_amid_a_load_is_waited_for_and_after_it_is_created_again
     broken.assert_arrived().await;
 }
 
-/// Accepts connections and says nothing on them; from `speak` on it forwards new ones to the server, and ends the others.
+/// Accepts connections and says nothing on them; from `speak` on it forwards new ones to the server, and ends the others. It
+/// has a thread of its own: what it forwards late, when whoever sent it has given up, would come after what was sent instead.
 struct Mute {
     port: u16,
     speak: tokio::sync::watch::Sender<bool>,
-    accepting: tokio::task::AbortHandle,
+    running: Option<Runtime>,
 }
 
 impl Mute {
@@ -173,7 +175,10 @@ impl Mute {
         let port = listener.local_addr().expect("it has an address").port();
         let speak = tokio::sync::watch::Sender::new(false);
         let told = speak.clone();
-        let accepting = tokio::spawn(async move {
+        let running = Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
+        let listener = listener.into_std().expect("it is a socket");
+        running.spawn(async move {
+            let listener = TcpListener::from_std(listener).expect("it does not block");
             loop {
                 let (mut near, _) = listener.accept().await.expect("connections can be accepted");
                 let (server, mut told) = (server.clone(), told.subscribe());
@@ -187,13 +192,13 @@ impl Mute {
                 });
             }
         });
-        Mute { port, speak, accepting: accepting.abort_handle() }
+        Mute { port, speak, running: Some(running) }
     }
 }
 
 impl Drop for Mute {
     fn drop(&mut self) {
-        self.accepting.abort();
+        self.running.take().expect("taken only here").shutdown_background();
     }
 }
 
@@ -214,6 +219,8 @@ async fn a_server_that_accepts_connections_and_never_says_a_word_is_waited_for_t
     mute.speak.send_replace(true);
     relayer.wait_logged("Pub/Sub answers again").await;
     relayer.stop().await;
+    // So that nothing it sends is given up and arrives all the same.
+    broken.world.setup.set("RELAYER_SINK__TIMEOUT", "15s");
     broken.world.setup.run_to_head().await;
     broken.assert_arrived().await;
 }

@@ -8,7 +8,7 @@ use alloy::primitives::{Address, B256};
 
 use super::{Answer, BlockTag, Call, Chain, Trouble};
 use crate::event::{BlockRange, BlockRef, Event, Header, Log, Recognised, Role, Signatures};
-use crate::store::{Place, Quarantined, Registry, Store, Stretch};
+use crate::store::{Place, Quarantined, Registry, Store, Stretch, on_thread};
 
 /// Logs decoded by one thread at a time, at least: below it another one is not worth its start.
 const LOGS_A_THREAD: usize = 500;
@@ -161,14 +161,11 @@ impl Harvest {
             work(&mut self);
             return self;
         }
-        let working = tokio::task::spawn_blocking(move || {
+        on_thread(move || {
             work(&mut self);
             self
-        });
-        match working.await {
-            Ok(harvest) => harvest,
-            Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
-        }
+        })
+        .await
     }
 
     /// Makes events of what was gathered, as far as it can be said by now which logs are; asks for times that are missing,

@@ -62,7 +62,8 @@ impl<C: Chain> Scanner<C> {
         };
         let (pass, next) = (self.pass(id, &read), read.next);
         if next > pass.last {
-            self.accept_late(&pass, LateStretch { next, ..LateStretch::default() }, next).await?;
+            let nothing = LateStretch { next, ..LateStretch::default() };
+            self.accept_late(&pass, Arc::new(nothing), next).await?;
             return Ok(Step::Progress);
         }
         let last_final = self.finalized.unwrap_or(0).min(pass.last);
@@ -90,7 +91,11 @@ impl<C: Chain> Scanner<C> {
             }
             Err(trouble) => return Err(trouble.about(range.blocks(), Way::Addresses)),
         };
-        let stretch = self.late_stretch(&pass, &found, range.to() + 1).await?;
+        let stretch = Arc::new(self.late_stretch(&pass, &found, range.to() + 1).await?);
+        let compared = Arc::clone(&stretch);
+        if on_disk(&self.store, move |store| store.is_of_another_fork(&compared)).await? {
+            return Err(Trouble::Disagreement(format!("a log in {range} is not the one accepted there")));
+        }
         self.accept_late(&pass, stretch, next).await?;
         let addresses = if everyone { 0 } else { pass.registered.len().max(pass.missing.len()) };
         self.limits.grow(Way::Addresses, range.blocks(), addresses.min(self.limits.addresses()), 0);
@@ -119,9 +124,13 @@ impl<C: Chain> Scanner<C> {
         Pass { id, topics: added.topics().into(), added, registered, missing, later, last }
     }
 
-    async fn accept_late(&mut self, pass: &Pass, stretch: LateStretch, from: u64) -> Result<(), Trouble> {
-        let (id, stretch) = (pass.id, Arc::new(stretch));
-        let committed = Arc::clone(&stretch);
+    async fn accept_late(
+        &mut self,
+        pass: &Pass,
+        stretch: Arc<LateStretch>,
+        from: u64,
+    ) -> Result<(), Trouble> {
+        let (id, committed) = (pass.id, Arc::clone(&stretch));
         let done = on_disk(&self.store, move |store| store.accept_late(id, &committed)).await?;
         let (to, events) = (stretch.next.saturating_sub(1), stretch.events.len());
         metrics::late_events(events);

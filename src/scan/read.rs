@@ -10,7 +10,9 @@ use tracing::{info, warn};
 use super::ahead::{Fetched, Following, RANGES};
 use super::harvest::Harvest;
 use super::limits::Way;
-use super::{BlockTag, Call, Chain, LINKED_BLOCKS, LOOKS, LogFilter, Refused, Scanner, Span, Step, Trouble};
+use super::{
+    BlockTag, CATCH_UP, Call, Chain, LINKED_BLOCKS, LOOKS, LogFilter, Refused, Scanner, Span, Step, Trouble,
+};
 use crate::config::Reading;
 use crate::event::{Addresses, BlockRange, BlockRef, Header};
 use crate::store::{CHUNK, Quarantined, Stretch, on_disk};
@@ -284,7 +286,7 @@ impl<C: Chain> Scanner<C> {
             let read = self.finalized.map(|block| block.min(range.to()));
             part.archive_upto = read.and_then(|block| block.checked_sub(self.archive_after));
             next = part.blocks.last().map_or(next, |block| block.number + 1);
-            part.more = self.target.is_some_and(|target| next <= target);
+            part.more = self.target.is_some_and(|target| next.saturating_add(CATCH_UP) <= target);
             self.commit(part).await?;
         }
         if found > 0 {

@@ -772,35 +772,47 @@ async fn until_a_block_reads_that_block_and_not_one_more() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn with_each_stretch_goes_whether_blocks_behind_it_are_known() {
+async fn with_each_stretch_goes_whether_many_blocks_behind_it_are_known() {
+    let mut catching_up = 0;
     for (settings, until) in [
-        (&[][..], Until::Block(35)),
-        (&[("chain.reading", "ranged")], Until::Forever),
+        (&[][..], Until::Block(70)),
+        (&[("chain.reading", "ranged"), ("rpc.max_range", "50")], Until::Forever),
         (&[("rpc.max_range", "4")], Until::Head),
     ] {
         let chain = Fake::new(Some(10));
-        (0..40).for_each(|_| chain.extend(&[], &[]));
+        (0..100).for_each(|_| chain.extend(&[], &[]));
         let store = open_store();
         let mut scanner = scanner(&chain, &store, settings, until);
-        let (mut seen, mut cursor) = (Vec::new(), None);
+        let mut seen = BTreeMap::new();
         loop {
             let step = scanner.step().await.unwrap();
-            if store.cursor() != cursor {
-                cursor = store.cursor();
-                seen.push(store.appended().borrow().more);
-            }
             match step {
                 Step::Idle | Step::Done => break,
-                Step::Progress => {}
+                Step::Progress => drop(seen.insert(store.next_block(), store.appended().borrow().more)),
                 Step::Wait(pause) => tokio::time::sleep(pause).await,
             }
         }
-        let last = seen.pop();
-        assert!(
-            last == Some(false) && !seen.is_empty() && seen.iter().all(|more| *more),
-            "{seen:?}, {last:?}"
-        );
+        let target = store.cursor().unwrap().number;
+        assert!(target >= 70, "{target}: {seen:?}");
+        catching_up += seen.values().filter(|more| **more).count();
+        assert!(seen.iter().all(|(next, more)| *more == (next + CATCH_UP <= target)), "{target}: {seen:?}");
     }
+    assert!(catching_up > 3, "{catching_up}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn where_reading_pauses_amid_a_catch_up_nothing_more_is_expected() {
+    let chain = Fake::new(Some(10));
+    (0..100).for_each(|_| chain.extend(&[], &[]));
+    let store = open_store();
+    let mut scanner = scanner(&chain, &store, &[("rpc.max_range", "4")], Until::Head);
+    while !store.appended().borrow().more {
+        assert_eq!(scanner.step().await.unwrap(), Step::Progress);
+    }
+    chain.set_lag(95);
+    while matches!(scanner.step().await.unwrap(), Step::Progress) {}
+    assert!(store.cursor().unwrap().number < 60, "there was more to read");
+    assert!(!store.appended().borrow().more);
 }
 
 #[tokio::test(start_paused = true)]

@@ -1,7 +1,8 @@
 //! What a publisher is given to publish, and in which order.
 //!
 //! A publisher that keeps up is given the log as it is. What has piled up it may have escrow by escrow instead, in groups:
-//! then many messages of an escrow go out in one request, where the log has them far apart.
+//! then many messages of an escrow go out in one request, where the log has them far apart. While a catch-up goes on it is
+//! told to let them pile up.
 //!
 //! Constraints it keeps:
 //!

@@ -171,6 +171,21 @@ impl Store {
         lock(&self.late_reads).range(id + 1..).map(|(_, read)| read.clone()).collect()
     }
 
+    /// Whether another log was accepted where one of these stands, in a block that may have left the chain: then the node is on
+    /// another fork than what was read, and what it says of an escrow's announcement would never be withdrawn.
+    pub fn is_of_another_fork(&self, stretch: &LateStretch) -> Result<bool, StoreError> {
+        let finalized = lock(&self.progress).finalized;
+        let read = self.db.begin_read()?;
+        let digests = read.open_table(DIGESTS)?;
+        for event in stretch.events.iter().filter(|event| Some(event.block.number) > finalized) {
+            let accepted = digests.get((event.block.number, event.log_index))?;
+            if accepted.is_some_and(|digest| digest.value() != event.digest) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
     /// Commits what a late read found and where it stands. `true`: it is done, and its escrows are watched.
     pub fn accept_late(&self, id: u64, stretch: &LateStretch) -> Result<bool, StoreError> {
         let _writing = lock(&self.writer);

@@ -155,6 +155,32 @@ pub(super) fn net(entries: &BTreeMap<u64, Entry>) -> BTreeMap<Address, BTreeSet<
     lanes
 }
 
+/// A late read by range meets a fork that the scanner has not seen yet, where another log was accepted.
+#[tokio::test(start_paused = true)]
+async fn what_a_fork_nobody_has_seen_yet_announces_in_the_place_of_another_log_is_not_registered() {
+    let chain = Fake::new(Some(8));
+    chain.extend_with(&[]);
+    chain.extend_with(&[(FACTORY, DEPLOYED, 4)]);
+    let settings = vec![("chain.reading", "ranged")];
+    let folder = tempfile::tempdir().unwrap();
+    let mut relay = Relay { chain: Arc::clone(&chain), folder, learnt: false, settings, running: None };
+    relay.restart();
+    settle(relay.parts().1).await;
+    relay.learnt = true;
+    relay.restart();
+    chain.extend_with(&[]);
+    settle(relay.parts().1).await;
+    chain.drop_newest(2);
+    chain.extend_with(&[(FACTORY, MADE, 1)]);
+    for _ in 0..3 {
+        relay.parts().1.step_late().await.unwrap();
+    }
+    chain.drop_newest(1);
+    (0..8).for_each(|_| chain.extend(&[], &[]));
+    relay.settle().await;
+    assert_eq!(relay.parts().0.registry().len(), 0);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 100, ..ProptestConfig::default() })]
 

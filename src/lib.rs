@@ -63,7 +63,7 @@ use rpc::Rpc;
 use scan::{Auditor, Patient, ScanError, Scanner, Until};
 use snapshot::{Keeper, LeaseLost, SnapshotError, is_newest};
 use status::Observer;
-use store::{Added, Identity, Store, StoreError, on_disk};
+use store::{Added, Identity, Store, StoreError, on_disk, on_thread};
 use telemetry::metrics;
 use vitals::{Loop, Stage, Turning, Vitals};
 
@@ -371,7 +371,7 @@ async fn open_store(
     let open = async |identity| {
         let path = storage.path.clone();
         let opening = move || Store::open(&path, identity, start_block, added);
-        joined(tokio::task::spawn_blocking(opening)).await.map(Arc::new)
+        on_thread(opening).await.map(Arc::new)
     };
     let Some(folder) = &storage.snapshot_dir else {
         return Ok(Some((open(identity).await?, None)));

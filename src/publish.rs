@@ -10,7 +10,7 @@
 //!    through restarts: so a second crash, before they came again, adds none.
 //!    Without ordering keys, what a lane had handed over behind a message that is refused then may be stored all the
 //!    same, and is not counted while it waits: kept in the count it would leave no room to the other lanes.
-//!    While a catch-up goes on they may be left in the store for a moment: nothing of it is kept, so a crash ends it.
+//!    What a catch-up brings may be left in the store for a moment: that is not written down, so a crash ends it.
 //! 3. An entry counts as done only after the sink acknowledged it *and* the store committed that.
 //! 4. A refused message blocks its own lane only; what looks like an outage is probed by one run at a time.
 
@@ -265,8 +265,9 @@ impl<S: Sink> Publisher<S> {
         }
         self.start_commit();
         let gathering = self.gathering_until.filter(|until| *until > Instant::now());
+        let next_try = [self.next_try(), gathering].into_iter().flatten().min();
         if self.in_flight.is_empty() && self.committing.is_none() {
-            return Ok(match [self.next_try(), gathering].into_iter().flatten().min() {
+            return Ok(match next_try {
                 _ if !permitted => Step::Wait(UNPERMITTED),
                 _ if gathering.is_none() && self.has_more() && self.has_room() => Step::Progress,
                 Some(at) => Step::Wait(at.saturating_duration_since(Instant::now())),
@@ -274,7 +275,7 @@ impl<S: Sink> Publisher<S> {
             });
         }
         // Without the permit nothing may be tried, however long its pause is over.
-        let next_try = [self.next_try(), gathering].into_iter().flatten().min().filter(|_| permitted);
+        let next_try = next_try.filter(|_| permitted);
         let room = self.has_room();
         // The sink may take its time; a commit may not.
         let patient = self.committing.is_none();

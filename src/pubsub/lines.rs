@@ -10,6 +10,7 @@ use serde::ser::{SerializeMap, Serializer};
 use serde_json::value::RawValue;
 
 use crate::publish::{Message, Receipt, Sink, SinkError};
+use crate::store::on_thread;
 
 /// Writes one JSON object a line. A line is acknowledged when it is flushed; in a file, when it is synced.
 pub struct Lines {
@@ -44,16 +45,13 @@ impl Sink for Lines {
     async fn publish(&self, run: Vec<Arc<Message>>) -> Receipt {
         let target = Arc::clone(&self.target);
         let count = run.len();
-        let written = tokio::task::spawn_blocking(move || {
+        let written = on_thread(move || {
             let lines = encode(&run)?;
             target.lock().expect("a writer panicked").write(&lines)
         });
         match written.await {
-            Ok(Ok(())) => Receipt { acknowledged: count, failure: None },
-            Ok(Err(error)) => {
-                Receipt { acknowledged: 0, failure: Some(SinkError::Closed(error.to_string())) }
-            }
-            Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
+            Ok(()) => Receipt { acknowledged: count, failure: None },
+            Err(error) => Receipt { acknowledged: 0, failure: Some(SinkError::Closed(error.to_string())) },
         }
     }
 

@@ -251,10 +251,15 @@ fn scanner(chain: &Arc<Fake>, store: &Arc<Store>, settings: &[(&str, &str)], unt
 
 /// Steps until there is nothing to do.
 async fn settle(scanner: &mut Scanner<Fake>) {
+    settle_seeing(scanner, || ()).await;
+}
+
+/// The same, and looks after each step that read something.
+async fn settle_seeing(scanner: &mut Scanner<Fake>, mut see: impl FnMut()) {
     for _ in 0..1000 {
         match scanner.step().await.unwrap() {
             Step::Idle | Step::Done => return,
-            Step::Progress => {}
+            Step::Progress => see(),
             Step::Wait(pause) => tokio::time::sleep(pause).await,
         }
     }
@@ -783,15 +788,9 @@ async fn with_each_stretch_goes_whether_many_blocks_behind_it_are_known() {
         (0..100).for_each(|_| chain.extend(&[], &[]));
         let store = open_store();
         let mut scanner = scanner(&chain, &store, settings, until);
-        let mut seen = BTreeMap::new();
-        loop {
-            let step = scanner.step().await.unwrap();
-            match step {
-                Step::Idle | Step::Done => break,
-                Step::Progress => drop(seen.insert(store.next_block(), store.appended().borrow().more)),
-                Step::Wait(pause) => tokio::time::sleep(pause).await,
-            }
-        }
+        let mut seen: BTreeMap<u64, bool> = BTreeMap::new();
+        settle_seeing(&mut scanner, || seen.extend([(store.next_block(), store.appended().borrow().more)]))
+            .await;
         let target = store.cursor().unwrap().number;
         assert!(target >= 70, "{target}: {seen:?}");
         catching_up += seen.values().filter(|more| **more).count();

@@ -17,7 +17,7 @@ use super::joined;
 use super::manifest::{Manifest, Part, sha256};
 use super::volume::Volume;
 use crate::permit::Permit;
-use crate::store::{self, Identity, Piece, Restored, Store, StoreError};
+use crate::store::{self, Identity, Piece, Restored, Store, StoreError, on_thread};
 
 /// How often a file is read before it cannot be read, and the pause between.
 const ATTEMPTS: u32 = 3;
@@ -321,7 +321,7 @@ impl<V: Volume> Snapshots<V> {
         let mut pauses = PATIENCE.iter();
         loop {
             let snapshots = Arc::clone(self);
-            let error = match joined(spawn_blocking(move || snapshots.manifests()).await) {
+            let error = match on_thread(move || snapshots.manifests()).await {
                 Ok(manifests) => return Ok(manifests),
                 Err(error) => error,
             };

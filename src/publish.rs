@@ -53,6 +53,10 @@ const COMPLETING: usize = 16;
 /// What a catch-up brings is left in the store so long, counted from when the publisher would have taken it, for more of the
 /// same escrows: in one request they cost little more than one does.
 const GATHER: Duration = Duration::from_secs(1);
+/// Acknowledgements are committed together: while more is under way, that part of `sink.max_outstanding` is waited for, but
+/// not for longer than this. A commit of many takes hardly longer than one of a few.
+const FOLDED: usize = 4;
+const FOLD: Duration = Duration::from_millis(5);
 /// Until it is looked again whether something may be handed over.
 const UNPERMITTED: Duration = Duration::from_millis(200);
 
@@ -170,6 +174,8 @@ pub struct Publisher<S> {
     /// Messages claimed and not acknowledged.
     held: usize,
     acknowledged: Vec<u64>,
+    /// When the first of these was.
+    acknowledged_at: Option<Instant>,
     /// Messages refused for the first time, to be noted in the store: position, lane and reason.
     refused: Vec<(u64, String, String)>,
     /// Whether it publishes what waits, or only what it is ordered to send again.
@@ -217,6 +223,7 @@ impl<S: Sink> Publisher<S> {
             outstanding: 0,
             held: 0,
             acknowledged: Vec::new(),
+            acknowledged_at: None,
             refused: Vec::new(),
             claiming: true,
             orders: None,
@@ -263,9 +270,12 @@ impl<S: Sink> Publisher<S> {
         if permitted {
             self.hand_over();
         }
-        self.start_commit();
+        let folding = self.fold_until().filter(|_| permitted);
+        if folding.is_none() {
+            self.start_commit();
+        }
         let gathering = self.gathering_until.filter(|until| *until > Instant::now());
-        let next_try = [self.next_try(), gathering].into_iter().flatten().min();
+        let next_try = [self.next_try(), gathering, folding].into_iter().flatten().min();
         if self.in_flight.is_empty() && self.committing.is_none() {
             return Ok(match next_try {
                 _ if !permitted => Step::Wait(UNPERMITTED),
@@ -499,7 +509,10 @@ impl<S: Sink> Publisher<S> {
         self.held -= done.len();
         for item in done {
             match item.replaying {
-                None => self.acknowledged.push(item.position),
+                None => {
+                    self.acknowledged.push(item.position);
+                    self.acknowledged_at.get_or_insert_with(Instant::now);
+                }
                 // Of that the store knows already.
                 Some(replaying) => {
                     self.outstanding -= 1;
@@ -627,11 +640,19 @@ impl<S: Sink> Publisher<S> {
         self.vitals.outage(self.outage.is_some());
     }
 
+    /// Until when acknowledgements are left for others to join them; `None`: no longer.
+    fn fold_until(&self) -> Option<Instant> {
+        let few = self.acknowledged.len() < self.max_outstanding / FOLDED && self.refused.is_empty();
+        let until = self.acknowledged_at.filter(|_| few && !self.in_flight.is_empty())? + FOLD;
+        (until > Instant::now()).then_some(until)
+    }
+
     /// Acknowledgements that came in during one commit share the next.
     fn start_commit(&mut self) {
         if self.committing.is_some() || self.acknowledged.is_empty() && self.refused.is_empty() {
             return;
         }
+        self.acknowledged_at = None;
         let positions = std::mem::take(&mut self.acknowledged);
         let refused = std::mem::take(&mut self.refused);
         let (count, store) = (positions.len(), Arc::clone(&self.store));

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use common::pubsub::{Code, Message};
 use common::relay::truth::without_epoch;
 use common::relay::{self, by_key, free_port};
-use common::{Answer, Contract, Line, PubSub, Setup, World};
+use common::{Answer, Contract, Line, PubSub, Setup, Wire, World};
 
 const TOPIC: &str = "projects/test-project/topics/settlement.events.v1";
 
@@ -337,52 +337,16 @@ async fn without_ordering_messages_have_no_key_and_all_arrive() {
     google.world.truth().await.assert_is(&lines);
 }
 
-/// Forwards connections to the server; those that are open when told so are never heard of again: no end, no reset.
-struct Wire {
-    port: u16,
-    cut: tokio::sync::watch::Sender<()>,
-    accepting: tokio::task::JoinHandle<()>,
-}
-
-impl Wire {
-    async fn to(server: String) -> Wire {
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("there is a free port");
-        let port = listener.local_addr().expect("it has an address").port();
-        let cut = tokio::sync::watch::Sender::new(());
-        let cuts = cut.clone();
-        let accepting = tokio::spawn(async move {
-            loop {
-                let (mut near, _) = listener.accept().await.expect("connections can be accepted");
-                let mut far = tokio::net::TcpStream::connect(&server).await.expect("the server is there");
-                let mut cut = cuts.subscribe();
-                tokio::spawn(async move {
-                    tokio::select! {
-                        _ = tokio::io::copy_bidirectional(&mut near, &mut far) => {}
-                        _ = cut.changed() => std::future::pending().await,
-                    }
-                });
-            }
-        });
-        Wire { port, cut, accepting }
-    }
-}
-
-impl Drop for Wire {
-    fn drop(&mut self) {
-        self.accepting.abort();
-    }
-}
-
 #[tokio::test]
 async fn a_connection_that_is_dead_without_a_word_is_replaced() {
     let mut google = Google::new().await;
     let wire = Wire::to(google.pubsub.endpoint()).await;
-    google.world.setup.set("PUBSUB_EMULATOR_HOST", format!("127.0.0.1:{}", wire.port));
+    google.world.setup.set("PUBSUB_EMULATOR_HOST", wire.endpoint());
     google.world.setup.set("RELAYER_SINK__TIMEOUT", "300ms");
     let escrows = google.escrows(2, 1).await;
     let mut relayer = google.world.setup.start(&["run"]);
     google.wait_for_distinct(4).await;
-    wire.cut.send_replace(());
+    wire.cut();
     escrows[0].send("approve", &[]).await;
     relayer.wait_logged("Pub/Sub is unavailable").await;
     relayer.wait_logged("Pub/Sub answers again").await;

@@ -5,14 +5,12 @@
 
 mod common;
 
-use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::Instant;
 
 use common::PubSub;
+use common::sink::{message, to};
 use futures_util::StreamExt;
-use relayer::config::{Config, Sources};
-use relayer::publish::{Message, Sink};
+use relayer::publish::Sink;
 use relayer::pubsub::GooglePubSub;
 
 /// How many, unless asked for more.
@@ -23,30 +21,6 @@ const AT_ONCE: usize = 500;
 /// What resident memory may grow by until then, and for all other keys, in KiB: the library alone would take 14 for each.
 const WARMING: u64 = 128 << 10;
 const LATER: u64 = 48 << 10;
-
-fn config(endpoint: &str) -> Config {
-    let settings = [
-        ("chain.id", "1"),
-        ("factory.address", "0xfafafafafafafafafafafafafafafafafafafafa"),
-        ("rpc.urls", "http://127.0.0.1:1"),
-        ("sink.project", "test-project"),
-    ];
-    let sources = Sources {
-        overrides: settings.map(|(key, value)| (key.to_owned(), value.to_owned())).into(),
-        environment: [("PUBSUB_EMULATOR_HOST".to_owned(), endpoint.to_owned())].into(),
-        directory: PathBuf::from("/nonexistent"),
-        ..Sources::default()
-    };
-    Config::load(&sources).expect("it is right").0
-}
-
-fn message(key: u64) -> Arc<Message> {
-    Arc::new(Message {
-        ordering_key: format!("0x{key:040x}"),
-        attributes: vec![("sequence", "1".to_owned())],
-        data: vec![b'x'; 700].into(),
-    })
-}
 
 /// Of this process, in KiB.
 fn resident() -> u64 {
@@ -77,7 +51,7 @@ async fn however_many_ordering_keys_there_were_memory_does_not_grow_with_them() 
     let keys = std::env::var("KEYS").map_or(KEYS, |keys| keys.parse().expect("a number"));
     let pubsub = PubSub::start().await;
     pubsub.create_topic("projects/test-project/topics/settlement.events.v1");
-    let sink = GooglePubSub::open(&config(&pubsub.endpoint()).sink).await.expect("a client can be made");
+    let sink = to(&pubsub.endpoint(), &[]).await;
     let began = Instant::now();
     let cold = resident();
     let mut arrived = publish(&sink, &pubsub, 0..WARM).await;

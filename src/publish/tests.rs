@@ -34,6 +34,8 @@ struct Script {
     down: Mutex<bool>,
     /// How long it takes over a run.
     takes: Duration,
+    /// Of these lanes it takes longer.
+    slow: Mutex<HashMap<String, Duration>>,
     /// Each attempt: keys and sequences of its run.
     attempts: Mutex<Vec<Vec<String>>>,
     /// What arrived, in order.
@@ -47,6 +49,7 @@ impl Default for Script {
             refused: Mutex::default(),
             down: Mutex::default(),
             takes: Duration::from_millis(20),
+            slow: Mutex::default(),
             attempts: Mutex::default(),
             stored: Mutex::default(),
         }
@@ -72,7 +75,8 @@ impl Script {
 impl Sink for Script {
     async fn publish(&self, run: Vec<Arc<Message>>) -> Receipt {
         self.attempts.lock().unwrap().push(run.iter().map(|message| name_of(message)).collect());
-        tokio::time::sleep(self.takes).await;
+        let slow = self.slow.lock().unwrap().get(&name_of(&run[0])[..4]).copied();
+        tokio::time::sleep(slow.unwrap_or(self.takes)).await;
         let fail = |acknowledged, failure| Receipt { acknowledged, failure: Some(failure) };
         let unavailable = || SinkError::Unavailable("down".into());
         if *self.down.lock().unwrap() {
@@ -192,7 +196,8 @@ fn append_and(store: &Store, escrows: &[u8], approvals: &[u8], more: bool) {
     });
     let announced = escrows.iter().map(|number| (escrow(*number), block)).collect();
     let events = events.collect();
-    store.accept(&Stretch { announced, events, blocks: vec![block], more, ..Stretch::default() }).unwrap();
+    let (blocks, finalized) = (vec![block], Some(number));
+    store.accept(&Stretch { announced, events, blocks, finalized, more, ..Stretch::default() }).unwrap();
 }
 
 fn settings(max_outstanding: usize) -> config::Sink {
@@ -238,6 +243,26 @@ async fn a_lanes_messages_go_in_one_run_and_what_was_acknowledged_is_committed()
     assert_eq!(attempts, vec![vec!["0x01:1", "0x01:2", "0x01:3"], vec!["0x02:1", "0x02:2"]]);
     assert_eq!((store.waiting(), store.watermark().unwrap()), (0, 5));
     assert!(publisher.lanes.is_empty() && publisher.held == 0 && publisher.outstanding == 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn acknowledgements_share_a_commit_and_wait_for_others_no_longer_than_a_moment() {
+    let store = store(&[1, 2, 3], &[]);
+    let sink = Arc::new(Script::default());
+    let slow = [("0x02", sink.takes + FOLD / 2), ("0x03", Duration::from_secs(10))];
+    sink.slow.lock().unwrap().extend(slow.map(|(lane, takes)| (lane.to_owned(), takes)));
+    let mut publisher = Publisher::new(Arc::clone(&sink), Arc::clone(&store), &settings(1000));
+    let (began, mut seen) = (Instant::now(), vec![(3, Duration::ZERO)]);
+    while store.waiting() > 0 {
+        publisher.step().await.unwrap();
+        if store.waiting() != seen.last().unwrap().0 {
+            seen.push((store.waiting(), began.elapsed()));
+        }
+    }
+    let [_, (two, then), (all, at_last)] = seen[..] else { panic!("{seen:?}") };
+    assert_eq!((two, all), (1, 0));
+    assert!((sink.takes + FOLD..sink.takes + 2 * FOLD).contains(&then), "{then:?}");
+    assert!((Duration::from_secs(10)..Duration::from_secs(10) + FOLD).contains(&at_last), "{at_last:?}");
 }
 
 /// Steps until nothing is left to be done before entries are appended; when it had to wait for time to pass, for how long.
@@ -661,7 +686,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 96, ..ProptestConfig::default() })]
 
     /// A backlog goes out escrow by escrow, and the process is killed again and again while it does, and while more is
-    /// appended: all arrive, in order, and what may be repeated never grows beyond the bound.
+    /// appended and what is done is pruned: all arrive, in order, and what may be repeated never grows beyond the bound.
     #[test]
     fn however_often_it_is_killed_no_more_is_in_doubt_than_may_be_and_all_arrive_in_order(
         script in prop::collection::vec(acts(), 0..20),
@@ -692,6 +717,7 @@ proptest! {
                     if let Step::Wait(pause) = publisher.step().await.unwrap() {
                         tokio::time::sleep(pause).await;
                     }
+                    store.prune(0, 3).unwrap();
                     let in_doubt = in_doubt(&sink, &store);
                     assert!(in_doubt <= max_outstanding, "{in_doubt} of at most {max_outstanding}");
                 }

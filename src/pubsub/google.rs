@@ -1,6 +1,6 @@
 //! Google Pub/Sub through the official crate.
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -28,8 +28,9 @@ const REQUEST_MESSAGES: u32 = 1000;
 const REQUEST_BYTES: u32 = 3_000_000;
 /// What Pub/Sub takes at most, in bytes: a request with its framing, so a message a little less.
 const MESSAGE_BYTES: usize = 10_000_000 - 10_000;
-/// Runs that failed in a row after which the client is replaced: its connection may be dead without a word (nothing in
-/// the library notices), or its credentials may have failed for good.
+/// Connections to the server. Google's lets a hundred requests be under way on each; a flood of small ones has more.
+const CONNECTIONS: usize = 4;
+/// Runs that failed in a row after which the client is replaced: its credentials may have failed for good.
 const FAILURES_PER_CLIENT: u32 = 4;
 
 /// Publishes to a topic. The library makes one attempt, bounded by `sink.timeout`; every retry is the publisher's.
@@ -39,8 +40,6 @@ pub struct GooglePubSub {
     timeout: Duration,
     topic: String,
     client: Mutex<Client>,
-    /// Runs in a row that could not be published.
-    failures: AtomicU32,
 }
 
 /// The library's client.
@@ -48,6 +47,44 @@ struct Client {
     base: BasePublisher,
     /// Gathers messages that have no ordering key into one request, of whatever lane they are.
     gathering: Publisher,
+    record: Arc<Record>,
+}
+
+/// How a client does.
+#[derive(Default)]
+struct Record {
+    /// Runs in a row that could not be published.
+    failures: AtomicU32,
+    /// Something was: it is connected, and its credentials are good.
+    has_published: AtomicBool,
+    /// Later a run was not answered in time: one of its connections may be dead without a word. Nothing in the library
+    /// notices, and while the others answer there are no failures in a row.
+    was_unanswered: AtomicBool,
+}
+
+impl Record {
+    fn succeeded(&self) {
+        self.failures.store(0, Ordering::Relaxed);
+        self.has_published.store(true, Ordering::Relaxed);
+    }
+
+    fn failed(&self, error: &PublishError, failure: &SinkError) {
+        match failure {
+            SinkError::Unavailable(_) => self.failures.fetch_add(1, Ordering::Relaxed),
+            // The server answered.
+            SinkError::Refused(_) | SinkError::Closed(_) => self.failures.swap(0, Ordering::Relaxed),
+        };
+        let in_time = !matches!(error, PublishError::Rpc(rpc) if rpc.is_timeout());
+        // One that is still connecting, or waits for its first token, would begin anew for ever.
+        if !in_time && self.has_published.load(Ordering::Relaxed) {
+            self.was_unanswered.store(true, Ordering::Relaxed);
+        }
+    }
+
+    fn is_bad(&self) -> bool {
+        self.was_unanswered.load(Ordering::Relaxed)
+            || self.failures.load(Ordering::Relaxed) >= FAILURES_PER_CLIENT
+    }
 }
 
 impl GooglePubSub {
@@ -59,19 +96,25 @@ impl GooglePubSub {
         let (endpoint, timeout) = (endpoint.clone(), config.timeout);
         let base = client(endpoint.as_deref(), *emulator, timeout).await?;
         let topic = topic_name(project, topic);
-        let client = Mutex::new(Client::new(base, &topic));
-        Ok(Self { endpoint, emulator: *emulator, timeout, topic, client, failures: AtomicU32::new(0) })
+        let client = Mutex::new(Client::new(base, &topic, Arc::default()));
+        Ok(Self { endpoint, emulator: *emulator, timeout, topic, client })
     }
 
-    /// After a number of failures in a row: another client, with connections of its own. What is under way in the one
-    /// before keeps that until it is done.
-    async fn replace_failing_client(&self) {
-        if self.failures.load(Ordering::Relaxed) < FAILURES_PER_CLIENT {
+    /// After a run without an answer, or a number of failures in a row: another client, with connections of its own. What is
+    /// under way in the one before keeps that until it is done.
+    async fn replace_bad_client(&self) {
+        let bad = Arc::clone(&lock(&self.client).record);
+        if !bad.is_bad() {
             return;
         }
-        self.failures.store(0, Ordering::Relaxed);
-        match client(self.endpoint.as_deref(), self.emulator, self.timeout).await {
-            Ok(base) => *lock(&self.client) = Client::new(base, &self.topic),
+        let made = client(self.endpoint.as_deref(), self.emulator, self.timeout).await;
+        let mut current = lock(&self.client);
+        match made {
+            // Unless another run did the same meanwhile.
+            Ok(base) if Arc::ptr_eq(&current.record, &bad) => {
+                *current = Client::new(base, &self.topic, Arc::default());
+            }
+            Ok(_) => {}
             Err(error) => debug!(%error, "No other Pub/Sub client can be made: going on with this one"),
         }
     }
@@ -81,30 +124,31 @@ impl GooglePubSub {
     /// With a key each run has a publisher of its own: it sends when it has the whole run, and nothing of a run before, least
     /// of all that its key is paused, is left in it. A lane has one run under way at a time, so a key never lives in two of
     /// them at once. Kept, the library would have a task for every key it has ever seen, 14 KB each.
-    fn publisher_for(&self, run: &[Arc<Message>]) -> Publisher {
+    fn publisher_for(&self, run: &[Arc<Message>]) -> (Publisher, Arc<Record>) {
         let client = lock(&self.client);
         let bytes: usize = run.iter().map(|message| message.size()).sum();
-        match run {
+        let publisher = match run {
             // What comes alone must not wait for company.
             [first, _, ..] if first.ordering_key.is_empty() => client.gathering.clone(),
             _ if bytes < REQUEST_BYTES as usize - self.topic.len() => {
                 publisher(&client.base, &self.topic, run.len() as u32, WHOLE)
             }
             _ => publisher(&client.base, &self.topic, REQUEST_MESSAGES, GATHER),
-        }
+        };
+        (publisher, Arc::clone(&client.record))
     }
 
     /// The publisher that gathers has ended: the next run gets a new one.
     fn renew(&self) {
         let mut client = lock(&self.client);
-        *client = Client::new(client.base.clone(), &self.topic);
+        *client = Client::new(client.base.clone(), &self.topic, Arc::clone(&client.record));
     }
 }
 
 impl Client {
-    fn new(base: BasePublisher, topic: &str) -> Self {
+    fn new(base: BasePublisher, topic: &str, record: Arc<Record>) -> Self {
         let gathering = publisher(&base, topic, REQUEST_MESSAGES, GATHER);
-        Self { base, gathering }
+        Self { base, gathering, record }
     }
 }
 
@@ -119,7 +163,9 @@ async fn client(
     emulator: bool,
     timeout: Duration,
 ) -> Result<BasePublisher, SetupError> {
-    let mut builder = BasePublisher::builder().with_retry_policy(OneAttempt { timeout });
+    let mut builder = BasePublisher::builder()
+        .with_retry_policy(OneAttempt { timeout })
+        .with_grpc_subchannel_count(CONNECTIONS);
     if let Some(endpoint) = endpoint {
         builder = builder.with_endpoint(endpoint);
     }
@@ -150,25 +196,21 @@ impl Sink for GooglePubSub {
             let reason = format!("the message has {size} bytes, Pub/Sub takes {MESSAGE_BYTES}");
             return Receipt { acknowledged: 0, failure: Some(SinkError::Refused(reason)) };
         }
-        self.replace_failing_client().await;
-        let publisher = self.publisher_for(&run[..fitting]);
+        self.replace_bad_client().await;
+        let (publisher, record) = self.publisher_for(&run[..fitting]);
         let sent = run[..fitting].iter().map(|message| publisher.publish(wire(message)));
         // All of them: nothing may be under way when the run is tried again.
         let results = join_all(sent).await;
         let acknowledged = results.iter().take_while(|result| result.is_ok()).count();
-        let Some(failure) = results.into_iter().find_map(Result::err) else {
-            self.failures.store(0, Ordering::Relaxed);
+        let Some(error) = results.into_iter().find_map(Result::err) else {
+            record.succeeded();
             return Receipt { acknowledged, failure: None };
         };
-        if matches!(failure, PublishError::Shutdown) {
+        if matches!(error, PublishError::Shutdown) {
             self.renew();
         }
-        let failure = judge(&failure);
-        match failure {
-            SinkError::Unavailable(_) => self.failures.fetch_add(1, Ordering::Relaxed),
-            // The server answered.
-            SinkError::Refused(_) | SinkError::Closed(_) => self.failures.swap(0, Ordering::Relaxed),
-        };
+        let failure = judge(&error);
+        record.failed(&error, &failure);
         Receipt { acknowledged, failure: Some(failure) }
     }
 

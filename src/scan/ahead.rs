@@ -4,6 +4,7 @@
 //! known which escrows were announced meanwhile: their logs in it are asked for at once, not only when its turn comes.
 
 use std::collections::{HashSet, VecDeque};
+use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -14,7 +15,7 @@ use tokio_util::task::AbortOnDropHandle;
 use super::harvest::{Ask, Decoder, Ends, Harvest, ask_range};
 use super::limits::Way;
 use super::read::log_calls;
-use super::{Call, Chain, LogFilter, Span, Trouble};
+use super::{CATCH_UP, Call, Chain, LogFilter, Span, Trouble};
 use crate::event::{Addresses, BlockRange, BlockRef, Header};
 
 /// A range with so many logs is cut into parts: while one is committed, what turned up is asked for in the next.
@@ -22,6 +23,8 @@ const DENSE: usize = 2_000;
 const PARTS: usize = 4;
 /// Ranges under way at once, at most: bounds what is in memory.
 pub(super) const RANGES: usize = 4;
+/// What a range costs beside its logs: the headers of its ends, and all of it once more for what turned up in it.
+const CALLS_BESIDE: usize = 5;
 
 /// A range whose logs are all there.
 pub(super) struct Fetched {
@@ -38,14 +41,10 @@ pub(super) struct Fetched {
 
 pub(super) struct Ahead {
     slots: VecDeque<Slot>,
-    /// Ranges to have under way: one after trouble, more as they are answered.
+    /// Ranges to have under way: one after trouble, more as they are answered. At first as many as go side by side.
     width: usize,
-}
-
-impl Default for Ahead {
-    fn default() -> Self {
-        Self { slots: VecDeque::new(), width: 1 }
-    }
+    /// So many calls the limit lets through in a quarter of a second.
+    haste: usize,
 }
 
 struct Slot {
@@ -89,6 +88,11 @@ pub(super) struct Following {
 }
 
 impl Ahead {
+    pub fn new(calls_a_second: NonZeroU32) -> Self {
+        let haste = calls_a_second.get() as usize / 4;
+        Self { slots: VecDeque::new(), width: (haste / (1 + CALLS_BESIDE)).clamp(1, RANGES), haste }
+    }
+
     pub fn is_empty(&self) -> bool {
         self.slots.is_empty()
     }
@@ -96,6 +100,15 @@ impl Ahead {
     /// Whether another one may be asked for, where at most so many may be.
     pub fn has_room(&self, at_most: usize) -> bool {
         self.slots.len() < self.width.min(at_most)
+    }
+
+    /// How many of the `left` blocks to ask for next. Where one range would do, several are asked for side by side: what a
+    /// node takes for their logs it takes for all at once then. `calls`: for the logs of one. Those that are scarce are not
+    /// spent on haste: it may cost as many as the limit lets through in a quarter of a second.
+    pub fn share(&self, left: u64, calls: usize, at_most: usize) -> u64 {
+        let side_by_side = (self.haste / (calls + CALLS_BESIDE)).min(self.width).min(at_most);
+        let free = side_by_side.saturating_sub(self.slots.len()).max(1);
+        left.div_ceil((left / CATCH_UP).clamp(1, free as u64))
     }
 
     /// A range was answered, and accepted.

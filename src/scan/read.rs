@@ -57,7 +57,12 @@ impl<C: Chain> Scanner<C> {
         while self.ahead.has_room(at_once) {
             let way = self.limits.way(self.store.registry().watched_len() + 1);
             let from = self.ahead.next().unwrap_or(next);
-            let Some(range) = BlockRange::starting_at(from, self.limits.range(way), last) else {
+            let calls = match way {
+                Way::Addresses => (self.store.registry().watched_len() + 1).div_ceil(self.limits.addresses()),
+                Way::Everyone => 1,
+            };
+            let share = self.ahead.share(last.saturating_sub(from).saturating_add(1), calls, at_once);
+            let Some(range) = BlockRange::starting_at(from, self.limits.range(way).min(share), last) else {
                 break;
             };
             let linked = self.store.cursor().is_some() || !self.ahead.is_empty();

@@ -589,6 +589,51 @@ async fn blocks_that_came_between_two_polls_cost_one_batch_of_headers_and_one_of
 }
 
 #[tokio::test(start_paused = true)]
+async fn final_blocks_are_asked_for_in_several_ranges_at_once_where_calls_are_plenty() {
+    for (calls_a_second, max_addresses, blocks, expected) in [
+        ("25", "1000", 241, &[241][..]),
+        ("50", "1000", 241, &[121, 120]),
+        ("1000", "1000", 241, &[61, 60, 60, 60]),
+        ("1000", "1000", 64, &[32, 32]),
+        ("1000", "1000", 63, &[63]),
+        // Eleven calls for the logs of a range.
+        ("100", "1", 241, &[241]),
+        ("130", "1", 241, &[121, 120]),
+    ] {
+        let chain = Fake::new(Some(5));
+        chain.extend(&(1..=10).collect::<Vec<_>>(), &[]);
+        (0..10).for_each(|_| chain.extend(&[], &[]));
+        let settings = [
+            ("chain.horizon", "finalized"),
+            ("rpc.requests_per_second", calls_a_second),
+            ("rpc.max_addresses", max_addresses),
+            ("rpc.filter", "addresses"),
+        ];
+        let store = open_store();
+        let mut scanner = scanner(&chain, &store, &settings, Until::Forever);
+        settle(&mut scanner).await;
+        chain.forget();
+        (0..blocks).for_each(|_| chain.extend(&[], &[]));
+        scanner.step().await.unwrap();
+        let under_way = chain.asked.lock().unwrap().len() - 1;
+        settle(&mut scanner).await;
+        let asked = chain.asked.lock().unwrap();
+        let range = |call: &Call| match call {
+            Call::Logs(LogFilter { span: Span::Range(range), .. }) => Some(range.blocks()),
+            Call::Logs(_) | Call::Header(_) | Call::Code(_) | Call::Read { .. } => None,
+        };
+        let ranges: Vec<u64> = asked.iter().filter_map(|calls| calls.iter().find_map(range)).collect();
+        let seen = (&ranges[..], under_way);
+        assert_eq!(
+            seen,
+            (expected, expected.len()),
+            "{calls_a_second} calls a second, {max_addresses} at once"
+        );
+        assert_eq!(store.cursor().unwrap().number, 11 - 5 + blocks);
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn logs_of_a_new_escrow_in_its_own_block_are_read_by_one_more_call_for_it_alone() {
     for finality in [0, 64] {
         let chain = Fake::new(Some(finality));
@@ -894,6 +939,7 @@ proptest! {
         confirmations in 0u64..3,
         ranged in any::<bool>(),
         small in any::<bool>(),
+        hasty in any::<bool>(),
     ) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
         runtime.block_on(async {
@@ -906,6 +952,7 @@ proptest! {
                 ("chain.reading", if ranged { "ranged" } else { "linked" }),
                 ("rpc.max_range", if small { "2" } else { "100" }),
                 ("rpc.max_addresses", if small { "2" } else { "1000" }),
+                ("rpc.requests_per_second", if hasty { "1000" } else { "25" }),
             ];
             let mut scanner = scanner(&chain, &store, &settings, Until::Forever);
             let mut seen: BTreeMap<u64, Entry> = BTreeMap::new();

@@ -8,13 +8,15 @@
 //!
 //! 1. Each entry is handed out once per opening of the store, and those of one escrow in log order.
 //! 2. What was handed out and is not acknowledged is handed out again first, in whatever order that was: a group is stored
-//!    before the first of its entries leaves, and its order depends on the entries alone. So a second crash repeats
-//!    nothing that the first one did not; beside lanes that are blocked, which is not known at first, it may.
+//!    before the first of its entries leaves, and its order depends on its entries alone, of which none is pruned before
+//!    all are acknowledged. So a second crash repeats nothing that the first one did not; beside lanes that are blocked,
+//!    which is not known at first, it may.
 //! 3. What a group holds in memory is bounded.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
 
+use alloy::primitives::Address;
 use redb::{ReadTransaction, ReadableDatabase};
 
 use super::runs::run_end;
@@ -33,7 +35,7 @@ pub(crate) struct Groups {
 
 impl Default for Groups {
     fn default() -> Self {
-        Self { backlog: 2_048, entries: 32_768, bytes: 16 << 20 }
+        Self { backlog: 2_048, entries: 32_768, bytes: 32 << 20 }
     }
 }
 
@@ -84,7 +86,7 @@ impl Claims {
         // Some may have been acknowledged before, some dropped: there is more to look for behind them.
         while claimed.is_empty() && self.next < end {
             let upto = end.min(self.next.saturating_add(limit as u64));
-            claimed = unacknowledged(read, self.next..upto, usize::MAX)?.0;
+            claimed = unacknowledged(read, self.next..upto)?;
             self.next = upto;
         }
         self.in_order += claimed.len() as u64;
@@ -97,14 +99,10 @@ impl Claims {
         self.settled || self.next >= self.opened_at || self.in_order >= max_outstanding as u64
     }
 
-    fn begin_group(&mut self, mut entries: Vec<Claimed>, end: u64) {
-        entries.sort_unstable_by_key(|Claimed { position, entry }| {
-            // The sequence of an escrow's messages grows with their positions.
-            (entry.sequence / TOGETHER, entry.escrow, *position)
-        });
-        self.group = entries.into();
-        self.next = end;
-        self.seen_below = self.seen_below.max(end);
+    fn begin_group(&mut self, group: Group) {
+        self.group = group.entries.into();
+        self.next = group.end;
+        self.seen_below = self.seen_below.max(group.end);
         self.in_order = 0;
     }
 }
@@ -129,23 +127,23 @@ impl Store {
         let mut claims = lock(&self.claims);
         while claims.group.is_empty() {
             let (read, end) = self.claimable(&mut claims)?;
+            let next = claims.next;
             let upto = match stored_group(&read)? {
-                Some(group) if group.contains(&claims.next) => {
-                    let entries = unacknowledged(&read, claims.next..group.end, usize::MAX)?.0;
-                    claims.begin_group(entries, group.end);
+                Some(group) if group.contains(&next) => {
+                    claims.begin_group(Group::read(&read, group, next, usize::MAX)?);
                     continue;
                 }
-                Some(group) if claims.next < group.start => group.start,
+                Some(group) if next < group.start => group.start,
                 Some(_) | None => end,
             };
-            let is_backlog = upto == end && end - claims.next >= claims.groups.backlog;
+            let is_backlog = upto == end && end - next >= claims.groups.backlog;
             if is_backlog && claims.is_settled(max_outstanding) {
                 let Groups { entries, bytes, .. } = claims.groups;
-                let most = claims.next..end.min(claims.next + entries);
-                let (entries, end) = unacknowledged(&read, most, bytes)?;
-                self.store_group(claims.next..end)?;
+                let most = next..end.min(next + entries);
+                let group = Group::read(&read, most, next, bytes)?;
+                self.store_group(next..group.end)?;
                 claims.settled = true;
-                claims.begin_group(entries, end);
+                claims.begin_group(group);
                 continue;
             }
             let claimed = claims.in_log_order(&read, limit, upto)?;
@@ -202,30 +200,62 @@ impl Store {
     }
 }
 
-fn stored_group(read: &ReadTransaction) -> Result<Option<Range<u64>>, StoreError> {
+/// The group that is handed out, or was last. Its entries are there as long as one of them is not acknowledged.
+pub(super) fn stored_group(read: &ReadTransaction) -> Result<Option<Range<u64>>, StoreError> {
     let marks = read.open_table(MARKS)?;
     let mark = |name| Ok::<_, StoreError>(marks.get(name)?.map(|mark| mark.value()));
     Ok(mark(GROUP_START)?.zip(mark(GROUP_END)?).map(|(start, end)| start..end))
 }
 
-/// The entries at these positions that are not acknowledged, as far as the bodies of all have no more than so many bytes (but
-/// one at least is looked at); and where that ends.
-fn unacknowledged(
-    read: &ReadTransaction,
-    positions: Range<u64>,
-    at_most: usize,
-) -> Result<(Vec<Claimed>, u64), StoreError> {
-    let acknowledged = read.open_table(ACKNOWLEDGED)?;
-    let (mut claimed, mut bytes) = (Vec::new(), 0);
-    for entry in log::entries(&read.open_table(EVENT_LOG)?, positions.clone())? {
-        let (position, entry) = entry?;
-        bytes += entry.body.len();
-        if bytes > at_most && position > positions.start {
-            return Ok((claimed, position));
+/// Entries that are handed out escrow by escrow: the one whose first entry is the oldest comes first, so that what is
+/// acknowledged stands together in the log, too.
+struct Group {
+    /// Those that are not acknowledged.
+    entries: Vec<Claimed>,
+    /// One past the last position.
+    end: u64,
+}
+
+impl Group {
+    /// Of these positions as far as the bodies of all entries have no more than so many bytes (but one at least); what stands
+    /// before `next` is done.
+    fn read(
+        read: &ReadTransaction,
+        positions: Range<u64>,
+        next: u64,
+        at_most: usize,
+    ) -> Result<Self, StoreError> {
+        let acknowledged = read.open_table(ACKNOWLEDGED)?;
+        let mut first: HashMap<Address, u64> = HashMap::new();
+        let (mut entries, mut bytes, mut end) = (Vec::new(), 0, positions.end);
+        for entry in log::entries(&read.open_table(EVENT_LOG)?, positions.clone())? {
+            let (position, entry) = entry?;
+            bytes += entry.body.len();
+            if bytes > at_most && position > positions.start {
+                end = position;
+                break;
+            }
+            // Of acknowledged ones, too: the order must not change when more of them are.
+            let first = *first.entry(entry.escrow).or_insert(position);
+            if position >= next && run_end(&acknowledged, position)?.is_none() {
+                // The sequence of an escrow's messages grows with their positions.
+                entries.push(((entry.sequence / TOGETHER, first, position), Claimed { position, entry }));
+            }
         }
+        entries.sort_unstable_by_key(|(place, _)| *place);
+        Ok(Self { entries: entries.into_iter().map(|(_, claimed)| claimed).collect(), end })
+    }
+}
+
+/// The entries at these positions that are not acknowledged.
+fn unacknowledged(read: &ReadTransaction, positions: Range<u64>) -> Result<Vec<Claimed>, StoreError> {
+    let acknowledged = read.open_table(ACKNOWLEDGED)?;
+    let mut claimed = Vec::new();
+    for entry in log::entries(&read.open_table(EVENT_LOG)?, positions)? {
+        let (position, entry) = entry?;
         if run_end(&acknowledged, position)?.is_none() {
             claimed.push(Claimed { position, entry });
         }
     }
-    Ok((claimed, positions.end))
+    Ok(claimed)
 }

@@ -2,6 +2,7 @@
 
 use redb::{ReadableDatabase, ReadableTable};
 
+use super::claims::stored_group;
 use super::opening::now_micros;
 use super::schema::{EVENT_LOG, MARKS, PRUNED_BLOCK, WATERMARK};
 use super::{Store, StoreError, lock, log};
@@ -17,13 +18,17 @@ impl Store {
             return Ok(0);
         };
         // Nothing that a publisher of this process still has to pass.
-        let claimed = lock(&self.claims).next;
+        let mut upto = lock(&self.claims).next;
         let stored_before = (now_micros() / 1_000_000).saturating_sub(retention);
         let read = self.db.begin_read()?;
         let watermark = read.open_table(MARKS)?.get(WATERMARK)?.map_or(0, |mark| mark.value());
+        // Nor of a group that is handed out: where its escrows begin says in which order.
+        if let Some(group) = stored_group(&read)?.filter(|group| group.contains(&watermark)) {
+            upto = upto.min(group.start);
+        }
         let (mut end, mut count, mut newest_block, mut newest_seen) = (None, 0, 0, 0);
         let mut looked_at = 0;
-        for entry in log::entries(&read.open_table(EVENT_LOG)?, 0..watermark.min(claimed))?.take(limit) {
+        for entry in log::entries(&read.open_table(EVENT_LOG)?, 0..watermark.min(upto))?.take(limit) {
             let (position, entry) = entry?;
             if entry.block_number > finalized {
                 break;

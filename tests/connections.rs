@@ -1,0 +1,52 @@
+//! Connections to Pub/Sub: several, since a server may let only so many requests be under way on one, and none of them
+//! trusted for ever.
+
+mod common;
+
+use std::time::Duration;
+
+use common::sink::{message, to};
+use common::{Answer, PubSub, Wire};
+use futures_util::future::join_all;
+use relayer::publish::{Sink, SinkError};
+
+const TOPIC: &str = "projects/test-project/topics/settlement.events.v1";
+
+async fn server() -> (PubSub, Wire) {
+    let pubsub = PubSub::start().await;
+    pubsub.create_topic(TOPIC);
+    let wire = Wire::to(pubsub.endpoint()).await;
+    (pubsub, wire)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_flood_goes_over_several_connections_and_they_are_few() {
+    let (pubsub, wire) = server().await;
+    let sink = to(&wire.endpoint(), &[]).await;
+    pubsub.on_publish(|_| Answer::Delay(Duration::from_millis(20)));
+    let receipts = join_all((0..400).map(|key| sink.publish(vec![message(key)]))).await;
+    assert!(receipts.iter().all(|receipt| receipt.acknowledged == 1), "{receipts:?}");
+    assert!((2..=8).contains(&wire.opened()), "{} connections", wire.opened());
+}
+
+/// The others answer, so it is not a failure after the other that shows it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_several_connections_one_that_is_dead_without_a_word_is_used_no_more() {
+    let (_pubsub, wire) = server().await;
+    let sink = to(&wire.endpoint(), &[("sink.timeout", "2s")]).await;
+    let warm = join_all((0..100).map(|key| sink.publish(vec![message(key)]))).await;
+    assert!(warm.iter().all(|receipt| receipt.failure.is_none()), "{warm:?}");
+    wire.cut_first(1);
+    let mut failed = None;
+    for key in 100..400 {
+        failed = sink.publish(vec![message(key)]).await.failure;
+        if failed.is_some() {
+            break;
+        }
+    }
+    assert!(matches!(failed, Some(SinkError::Unavailable(_))), "nothing went over the first one: {failed:?}");
+    for key in 400..460 {
+        let receipt = sink.publish(vec![message(key)]).await;
+        assert_eq!(receipt.failure, None, "message {key}");
+    }
+}

@@ -60,6 +60,8 @@ struct Record {
     /// Later a run was not answered in time: one of its connections may be dead without a word. Nothing in the library
     /// notices, and while the others answer there are no failures in a row.
     was_unanswered: AtomicBool,
+    /// Somebody makes another one.
+    is_replaced: AtomicBool,
 }
 
 impl Record {
@@ -81,9 +83,11 @@ impl Record {
         }
     }
 
-    fn is_bad(&self) -> bool {
-        self.was_unanswered.load(Ordering::Relaxed)
-            || self.failures.load(Ordering::Relaxed) >= FAILURES_PER_CLIENT
+    /// Whether whoever asks is to make another one: the first to ask of one that is bad.
+    fn is_to_be_replaced(&self) -> bool {
+        let bad = self.was_unanswered.load(Ordering::Relaxed)
+            || self.failures.load(Ordering::Relaxed) >= FAILURES_PER_CLIENT;
+        bad && !self.is_replaced.swap(true, Ordering::Relaxed)
     }
 }
 
@@ -103,20 +107,18 @@ impl GooglePubSub {
     /// After a run without an answer, or a number of failures in a row: another client, with connections of its own. What is
     /// under way in the one before keeps that until it is done.
     async fn replace_bad_client(&self) {
-        let bad = Arc::clone(&lock(&self.client).record);
-        if !bad.is_bad() {
+        let record = Arc::clone(&lock(&self.client).record);
+        if !record.is_to_be_replaced() {
             return;
         }
-        let made = client(self.endpoint.as_deref(), self.emulator, self.timeout).await;
-        let mut current = lock(&self.client);
-        match made {
-            // Unless another run did the same meanwhile.
-            Ok(base) if Arc::ptr_eq(&current.record, &bad) => {
-                *current = Client::new(base, &self.topic, Arc::default());
+        let base = match client(self.endpoint.as_deref(), self.emulator, self.timeout).await {
+            Ok(base) => base,
+            Err(error) => {
+                debug!(%error, "No other Pub/Sub client can be made: going on with this one");
+                lock(&self.client).base.clone()
             }
-            Ok(_) => {}
-            Err(error) => debug!(%error, "No other Pub/Sub client can be made: going on with this one"),
-        }
+        };
+        *lock(&self.client) = Client::new(base, &self.topic, Arc::default());
     }
 
     /// Who publishes a run.

@@ -226,7 +226,10 @@ impl<C: Chain> Scanner<C> {
             unannounced: (0, 0),
             decoder,
             archive_after: config.escrow.archive_after,
-            ahead: Ahead::new(config.rpc.requests_per_second),
+            ahead: match store.cursor() {
+                Some(_) => Ahead::new(),
+                None => Ahead::hasty(config.rpc.requests_per_second),
+            },
             with_factory: None,
             chain,
             factory: config.factory.address,

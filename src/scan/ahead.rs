@@ -23,8 +23,8 @@ const DENSE: usize = 2_000;
 const PARTS: usize = 4;
 /// Ranges under way at once, at most: bounds what is in memory.
 pub(super) const RANGES: usize = 4;
-/// What a range costs beside its logs: the headers of its ends, and all of it once more for what turned up in it.
-const CALLS_BESIDE: usize = 5;
+/// What a range costs: its logs and the headers of its ends, and once more for what turned up in it.
+const CALLS_A_RANGE: u32 = 6;
 
 /// A range whose logs are all there.
 pub(super) struct Fetched {
@@ -41,10 +41,8 @@ pub(super) struct Fetched {
 
 pub(super) struct Ahead {
     slots: VecDeque<Slot>,
-    /// Ranges to have under way: one after trouble, more as they are answered. At first as many as go side by side.
+    /// Ranges to have under way: one after trouble, more as they are answered.
     width: usize,
-    /// So many calls the limit lets through in a quarter of a second.
-    haste: usize,
 }
 
 struct Slot {
@@ -88,9 +86,17 @@ pub(super) struct Following {
 }
 
 impl Ahead {
-    pub fn new(calls_a_second: NonZeroU32) -> Self {
-        let haste = calls_a_second.get() as usize / 4;
-        Self { slots: VecDeque::new(), width: (haste / (1 + CALLS_BESIDE)).clamp(1, RANGES), haste }
+    /// With one range under way at first.
+    pub fn new() -> Self {
+        Self { slots: VecDeque::new(), width: 1 }
+    }
+
+    /// With several at first, for a store that has read nothing: what a node takes for the logs of one range it takes for all
+    /// of them at once. Calls that are scarce are not spent on haste: it is so many as the limit lets through in a quarter of
+    /// a second.
+    pub fn hasty(calls_a_second: NonZeroU32) -> Self {
+        let width = (calls_a_second.get() / (4 * CALLS_A_RANGE)).clamp(1, RANGES as u32) as usize;
+        Self { width, ..Self::new() }
     }
 
     pub fn is_empty(&self) -> bool {
@@ -102,12 +108,9 @@ impl Ahead {
         self.slots.len() < self.width.min(at_most)
     }
 
-    /// How many of the `left` blocks to ask for next. Where one range would do, several are asked for side by side: what a
-    /// node takes for their logs it takes for all at once then. `calls`: for the logs of one. Those that are scarce are not
-    /// spent on haste: it may cost as many as the limit lets through in a quarter of a second.
-    pub fn share(&self, left: u64, calls: usize, at_most: usize) -> u64 {
-        let side_by_side = (self.haste / (calls + CALLS_BESIDE)).min(self.width).min(at_most);
-        let free = side_by_side.saturating_sub(self.slots.len()).max(1);
+    /// How many of the `left` blocks to ask for next, if all that may be under way are to have their share.
+    pub fn share(&self, left: u64, at_most: usize) -> u64 {
+        let free = self.width.min(at_most).saturating_sub(self.slots.len()).max(1);
         left.div_ceil((left / CATCH_UP).clamp(1, free as u64))
     }
 

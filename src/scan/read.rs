@@ -57,11 +57,8 @@ impl<C: Chain> Scanner<C> {
         while self.ahead.has_room(at_once) {
             let way = self.limits.way(self.store.registry().watched_len() + 1);
             let from = self.ahead.next().unwrap_or(next);
-            let calls = match way {
-                Way::Addresses => (self.store.registry().watched_len() + 1).div_ceil(self.limits.addresses()),
-                Way::Everyone => 1,
-            };
-            let share = self.ahead.share(last.saturating_sub(from).saturating_add(1), calls, at_once);
+            let left = last.saturating_sub(from).saturating_add(1);
+            let share = if self.store.cursor().is_none() { self.ahead.share(left, at_once) } else { left };
             let Some(range) = BlockRange::starting_at(from, self.limits.range(way).min(share), last) else {
                 break;
             };

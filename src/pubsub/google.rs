@@ -28,8 +28,6 @@ const REQUEST_MESSAGES: u32 = 1000;
 const REQUEST_BYTES: u32 = 3_000_000;
 /// What Pub/Sub takes at most, in bytes: a request with its framing, so a message a little less.
 const MESSAGE_BYTES: usize = 10_000_000 - 10_000;
-/// Connections to the server. Google's lets a hundred requests be under way on each; a flood of small ones has more.
-const CONNECTIONS: usize = 4;
 /// Runs that failed in a row after which the client is replaced: its credentials may have failed for good.
 const FAILURES_PER_CLIENT: u32 = 4;
 
@@ -57,8 +55,7 @@ struct Record {
     failures: AtomicU32,
     /// Something was: it is connected, and its credentials are good.
     has_published: AtomicBool,
-    /// Later a run was not answered in time: one of its connections may be dead without a word. Nothing in the library
-    /// notices, and while the others answer there are no failures in a row.
+    /// Later a run was not answered in time: its connection may be dead without a word, which nothing in the library notices.
     was_unanswered: AtomicBool,
     /// Somebody makes another one.
     is_replaced: AtomicBool,
@@ -104,7 +101,7 @@ impl GooglePubSub {
         Ok(Self { endpoint, emulator: *emulator, timeout, topic, client })
     }
 
-    /// After a run without an answer, or a number of failures in a row: another client, with connections of its own. What is
+    /// After a run without an answer, or a number of failures in a row: another client, with a connection of its own. What is
     /// under way in the one before keeps that until it is done.
     async fn replace_bad_client(&self) {
         let record = Arc::clone(&lock(&self.client).record);
@@ -165,9 +162,7 @@ async fn client(
     emulator: bool,
     timeout: Duration,
 ) -> Result<BasePublisher, SetupError> {
-    let mut builder = BasePublisher::builder()
-        .with_retry_policy(OneAttempt { timeout })
-        .with_grpc_subchannel_count(CONNECTIONS);
+    let mut builder = BasePublisher::builder().with_retry_policy(OneAttempt { timeout });
     if let Some(endpoint) = endpoint {
         builder = builder.with_endpoint(endpoint);
     }

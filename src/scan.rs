@@ -227,7 +227,7 @@ impl<C: Chain> Scanner<C> {
             decoder,
             archive_after: config.escrow.archive_after,
             ahead: match store.cursor() {
-                Some(_) => Ahead::new(),
+                Some(_) => Ahead::default(),
                 None => Ahead::hasty(config.rpc.requests_per_second),
             },
             with_factory: None,

@@ -9,7 +9,10 @@ use std::time::{Duration, Instant};
 use common::pubsub::{Code, Message};
 use common::relay::truth::without_epoch;
 use common::relay::{self, by_key, free_port};
-use common::{Answer, Contract, Line, PubSub, Setup, Wire, World};
+use common::sink::{message, to};
+use common::{Answer, Contract, Line, PubSub, Setup, World};
+use futures_util::future::join_all;
+use relayer::publish::{Sink, SinkError};
 
 const TOPIC: &str = "projects/test-project/topics/settlement.events.v1";
 
@@ -337,6 +340,47 @@ async fn without_ordering_messages_have_no_key_and_all_arrive() {
     google.world.truth().await.assert_is(&lines);
 }
 
+/// Forwards connections to the server; those that are open when told so are never heard of again: no end, no reset.
+struct Wire {
+    port: u16,
+    cut: tokio::sync::watch::Sender<()>,
+    accepting: tokio::task::JoinHandle<()>,
+}
+
+impl Wire {
+    async fn to(server: String) -> Wire {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("there is a free port");
+        let port = listener.local_addr().expect("it has an address").port();
+        let cut = tokio::sync::watch::Sender::new(());
+        let cuts = cut.clone();
+        let accepting = tokio::spawn(async move {
+            loop {
+                let (mut near, _) = listener.accept().await.expect("connections can be accepted");
+                let mut far = tokio::net::TcpStream::connect(&server).await.expect("the server is there");
+                let mut cut = cuts.subscribe();
+                tokio::spawn(async move {
+                    tokio::select! {
+                        _ = tokio::io::copy_bidirectional(&mut near, &mut far) => {}
+                        _ = cut.changed() => std::future::pending().await,
+                    }
+                });
+            }
+        });
+        Wire { port, cut, accepting }
+    }
+
+    /// `127.0.0.1:port`
+    fn endpoint(&self) -> String {
+        format!("127.0.0.1:{}", self.port)
+    }
+}
+
+impl Drop for Wire {
+    fn drop(&mut self) {
+        self.accepting.abort();
+    }
+}
+
 #[tokio::test]
 async fn a_connection_that_is_dead_without_a_word_is_replaced() {
     let mut google = Google::new().await;
@@ -346,11 +390,34 @@ async fn a_connection_that_is_dead_without_a_word_is_replaced() {
     let escrows = google.escrows(2, 1).await;
     let mut relayer = google.world.setup.start(&["run"]);
     google.wait_for_distinct(4).await;
-    wire.cut();
+    wire.cut.send_replace(());
     escrows[0].send("approve", &[]).await;
     relayer.wait_logged("Pub/Sub is unavailable").await;
     relayer.wait_logged("Pub/Sub answers again").await;
     google.wait_for_distinct(5).await;
     relayer.stop().await;
     google.assert_arrived().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_connection_that_is_dead_without_a_word_costs_one_message_its_time_and_no_other() {
+    let pubsub = PubSub::start().await;
+    pubsub.create_topic(TOPIC);
+    let wire = Wire::to(pubsub.endpoint()).await;
+    let sink = to(&wire.endpoint(), &[("sink.timeout", "2s")]).await;
+    let warm = join_all((0..100).map(|key| sink.publish(vec![message(key)]))).await;
+    assert!(warm.iter().all(|receipt| receipt.failure.is_none()), "{warm:?}");
+    wire.cut.send_replace(());
+    let mut failed = None;
+    for key in 100..400 {
+        failed = sink.publish(vec![message(key)]).await.failure;
+        if failed.is_some() {
+            break;
+        }
+    }
+    assert!(matches!(failed, Some(SinkError::Unavailable(_))), "it is answered all the same: {failed:?}");
+    for key in 400..460 {
+        let receipt = sink.publish(vec![message(key)]).await;
+        assert_eq!(receipt.failure, None, "message {key}");
+    }
 }

@@ -28,7 +28,7 @@ const REQUEST_MESSAGES: u32 = 1000;
 const REQUEST_BYTES: u32 = 3_000_000;
 /// What Pub/Sub takes at most, in bytes: a request with its framing, so a message a little less.
 const MESSAGE_BYTES: usize = 10_000_000 - 10_000;
-/// Runs that failed in a row after which the client is replaced: its credentials may have failed for good.
+/// Runs that failed in a row after which the client is replaced, whatever the reason: its credentials may have failed for good.
 const FAILURES_PER_CLIENT: u32 = 4;
 
 /// Publishes to a topic. The library makes one attempt, bounded by `sink.timeout`; every retry is the publisher's.
@@ -73,9 +73,9 @@ impl Record {
             // The server answered.
             SinkError::Refused(_) | SinkError::Closed(_) => self.failures.swap(0, Ordering::Relaxed),
         };
-        let in_time = !matches!(error, PublishError::Rpc(rpc) if rpc.is_timeout());
+        let unanswered = matches!(error, PublishError::Rpc(rpc) if rpc.is_timeout());
         // One that is still connecting, or waits for its first token, would begin anew for ever.
-        if !in_time && self.has_published.load(Ordering::Relaxed) {
+        if unanswered && self.has_published.load(Ordering::Relaxed) {
             self.was_unanswered.store(true, Ordering::Relaxed);
         }
     }

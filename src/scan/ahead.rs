@@ -45,6 +45,12 @@ pub(super) struct Ahead {
     width: usize,
 }
 
+impl Default for Ahead {
+    fn default() -> Self {
+        Self { slots: VecDeque::new(), width: 1 }
+    }
+}
+
 struct Slot {
     range: BlockRange,
     way: Way,
@@ -86,17 +92,12 @@ pub(super) struct Following {
 }
 
 impl Ahead {
-    /// With one range under way at first.
-    pub fn new() -> Self {
-        Self { slots: VecDeque::new(), width: 1 }
-    }
-
     /// With several at first, for a store that has read nothing: what a node takes for the logs of one range it takes for all
     /// of them at once. Calls that are scarce are not spent on haste: it is so many as the limit lets through in a quarter of
     /// a second.
     pub fn hasty(calls_a_second: NonZeroU32) -> Self {
         let width = (calls_a_second.get() / (4 * CALLS_A_RANGE)).clamp(1, RANGES as u32) as usize;
-        Self { width, ..Self::new() }
+        Self { width, ..Self::default() }
     }
 
     pub fn is_empty(&self) -> bool {

@@ -26,11 +26,9 @@ pub mod pubsub;
 pub mod relay;
 pub mod settlement;
 pub mod sink;
-pub mod wire;
 
 pub use anvil::Anvil;
 pub use chain::{Chain, Contract, Log, Receipt};
 pub use pubsub::{Answer, PubSub};
 pub use relay::{Finished, Line, Running, Setup, World};
 pub use settlement::Settlement;
-pub use wire::Wire;

@@ -19,13 +19,14 @@ mod orders;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeSet, VecDeque};
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use foldhash::{HashMap, HashSet};
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use thiserror::Error;
@@ -216,7 +217,7 @@ impl<S: Sink> Publisher<S> {
             max_outstanding: config.max_outstanding.get(),
             patience: config.timeout * 2,
             complain_at: Instant::now() + config.timeout * 2,
-            lanes: HashMap::new(),
+            lanes: HashMap::default(),
             ready: BTreeSet::new(),
             retries: BTreeSet::new(),
             in_flight: FuturesUnordered::new(),
@@ -230,8 +231,8 @@ impl<S: Sink> Publisher<S> {
             pending: VecDeque::new(),
             committing: None,
             outage: None,
-            blocked: HashSet::new(),
-            failing: HashSet::new(),
+            blocked: HashSet::default(),
+            failing: HashSet::default(),
             gathering_until: None,
             said_full: false,
             permit: Arc::new(Permit::forever()),

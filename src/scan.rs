@@ -7,6 +7,7 @@
 mod ahead;
 mod audit;
 mod chain;
+mod coming;
 mod fork;
 mod harvest;
 mod late;
@@ -41,6 +42,7 @@ use crate::store::{Store, StoreError, on_disk};
 use crate::telemetry::metrics;
 use crate::vitals::Vitals;
 use ahead::Ahead;
+use coming::Coming;
 use fork::{Suspicion, Withdrawn};
 use harvest::Decoder;
 
@@ -65,6 +67,8 @@ const UNANNOUNCED: u32 = 3;
 const WITHOUT_POLL: u32 = 2;
 /// Looks at a tag without an answer after which the node counts as not knowing it: a node just started has none yet.
 const TAG_LOOKS: u32 = 3;
+/// Calls that are scarce are not spent on haste: of those of a second only this part.
+const HASTE: u64 = 4;
 
 /// What a step came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -115,6 +119,10 @@ pub struct Scanner<C> {
     limits: Limits,
     /// Ranges asked for ahead.
     ahead: Ahead,
+    /// Unfinal blocks asked for while final ones are read.
+    coming: Option<Coming>,
+    /// Calls that may be made before those that are waited for.
+    haste: u64,
     /// The first list of watched escrows, and the same with the factory.
     with_factory: Option<(Addresses, Addresses)>,
     until: Until,
@@ -211,6 +219,7 @@ impl<C: Chain> Scanner<C> {
         until: Until,
     ) -> Self {
         let (factory_seen, finalized) = (store.cursor().is_some(), store.finalized());
+        let haste = u64::from(config.rpc.requests_per_second.get()) / HASTE;
         let decoder = Decoder {
             chain_id: config.chain.id,
             factory: config.factory.address,
@@ -228,8 +237,10 @@ impl<C: Chain> Scanner<C> {
             archive_after: config.escrow.archive_after,
             ahead: match store.cursor() {
                 Some(_) => Ahead::default(),
-                None => Ahead::hasty(config.rpc.requests_per_second),
+                None => Ahead::hasty(haste),
             },
+            haste,
+            coming: None,
             with_factory: None,
             chain,
             factory: config.factory.address,
@@ -282,6 +293,7 @@ impl<C: Chain> Scanner<C> {
             self.awaited = Some((self.finality.head, AWAITED_LOOKS));
         }
         self.ahead.clear();
+        self.coming = None;
         match trouble {
             Trouble::Store(error) => Err(error.into()),
             Trouble::Refused { refused, blocks, way } => self.replan(refused, blocks, way),
@@ -312,7 +324,7 @@ impl<C: Chain> Scanner<C> {
         self.rest = Backoff::growing();
         self.go_on_retracting();
         self.linked = (self.linked * 2).min(LINKED_BLOCKS);
-        if self.ahead.is_empty() {
+        if self.ahead.is_empty() && self.coming.is_none() {
             self.store.forget_arrivals();
         }
         if std::mem::take(&mut self.said.behind) {

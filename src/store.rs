@@ -30,13 +30,14 @@ mod status;
 #[cfg(test)]
 pub(crate) mod tests;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, RwLock, RwLockReadGuard};
 
 use alloy::primitives::Address;
+use foldhash::HashMap;
 use redb::{Database, ReadableDatabase, ReadableTable, StorageBackend, WriteTransaction};
 use thiserror::Error;
 use tokio::sync::watch;

@@ -3,12 +3,12 @@
 //! A range is asked for with the escrows known then. When its logs are there, and those of all ranges before it, it is
 //! known which escrows were announced meanwhile: their logs in it are asked for at once, not only when its turn comes.
 
-use std::collections::{HashSet, VecDeque};
-use std::num::NonZeroU32;
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Instant;
 
 use alloy::primitives::{Address, B256};
+use foldhash::{HashSet, HashSetExt};
 use futures_util::future::select_all;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -24,7 +24,7 @@ const PARTS: usize = 4;
 /// Ranges under way at once, at most: bounds what is in memory.
 pub(super) const RANGES: usize = 4;
 /// What a range costs: its logs and the headers of its ends, and once more for what turned up in it.
-const CALLS_A_RANGE: u32 = 6;
+const CALLS_A_RANGE: u64 = 6;
 
 /// A range whose logs are all there.
 pub(super) struct Fetched {
@@ -93,11 +93,9 @@ pub(super) struct Following {
 
 impl Ahead {
     /// With several at first, for a store that has read nothing: what a node takes for the logs of one range it takes for all
-    /// of them at once. Calls that are scarce are not spent on haste: it is so many as the limit lets through in a quarter of
-    /// a second.
-    pub fn hasty(calls_a_second: NonZeroU32) -> Self {
-        let width = (calls_a_second.get() / (4 * CALLS_A_RANGE)).clamp(1, RANGES as u32) as usize;
-        Self { width, ..Self::default() }
+    /// of them at once. `calls`: so many may be spent on that.
+    pub fn hasty(calls: u64) -> Self {
+        Self { width: (calls / CALLS_A_RANGE).clamp(1, RANGES as u64) as usize, ..Self::default() }
     }
 
     pub fn is_empty(&self) -> bool {
@@ -123,6 +121,20 @@ impl Ahead {
     /// The block after the last one asked for.
     pub fn next(&self) -> Option<u64> {
         self.slots.back().map(|slot| slot.range.to() + 1)
+    }
+
+    /// Escrows announced in what is not handed out, and not registered when it came; `None` while it is not known of all.
+    pub fn announced(&self) -> Option<HashSet<Address>> {
+        let mut all = HashSet::new();
+        for slot in &self.slots {
+            all.extend(slot.fresh.as_ref()?.iter().map(|(escrow, _)| *escrow));
+        }
+        Some(all)
+    }
+
+    /// Whether nothing is under way.
+    pub fn is_there(&self) -> bool {
+        self.slots.iter().all(|slot| matches!(slot.state, State::There(_)))
     }
 
     /// Whether the next range to hand out begins there.
@@ -165,34 +177,28 @@ impl Ahead {
         });
     }
 
-    /// The first range, when it is there. `None`: it has to be asked for again.
-    pub async fn first<C: Chain>(
-        &mut self,
-        chain: &Arc<C>,
-        following: &Following,
-    ) -> Result<Option<Fetched>, Trouble> {
-        loop {
-            self.drop_unanswered();
-            self.follow(chain, following);
-            let Some(first) = self.slots.front_mut() else {
-                return Ok(None);
-            };
-            match std::mem::replace(&mut first.state, State::Changing) {
-                State::There(there) => {
-                    let (Ends { parent, end }, harvest) = *there;
-                    let end = end.expect("what was cut is followed up");
-                    let Slot { range, way, addresses, started, .. } = self.slots.pop_front().expect("it is");
-                    return Ok(Some(Fetched { range, way, addresses, started, parent, end, harvest }));
-                }
-                State::Refused(trouble) => return Err(trouble.about(first.range.blocks(), first.asking)),
-                asking @ (State::Asking(_) | State::Unanswered | State::Changing) => first.state = asking,
+    /// The first range, if it is there.
+    pub fn take_first(&mut self) -> Result<Option<Fetched>, Trouble> {
+        let Some(first) = self.slots.front_mut() else {
+            return Ok(None);
+        };
+        match std::mem::replace(&mut first.state, State::Changing) {
+            State::There(there) => {
+                let (Ends { parent, end }, harvest) = *there;
+                let end = end.expect("what was cut is followed up");
+                let Slot { range, way, addresses, started, .. } = self.slots.pop_front().expect("it is");
+                Ok(Some(Fetched { range, way, addresses, started, parent, end, harvest }))
             }
-            self.wait().await;
+            State::Refused(trouble) => Err(trouble.about(first.range.blocks(), first.asking)),
+            asking @ (State::Asking(_) | State::Unanswered | State::Changing) => {
+                first.state = asking;
+                Ok(None)
+            }
         }
     }
 
     /// Waits until one of those under way is there.
-    async fn wait(&mut self) {
+    pub async fn wait(&mut self) {
         let under_way = self.slots.iter_mut().enumerate().filter_map(|(place, slot)| match &mut slot.state {
             State::Asking(asking) => Some(Box::pin(async move { (place, asking.await) })),
             State::There(..) | State::Refused(_) | State::Unanswered | State::Changing => None,
@@ -216,7 +222,8 @@ impl Ahead {
     }
 
     /// Asks for the logs of escrows that were not known when a range was asked for.
-    fn follow<C: Chain>(&mut self, chain: &Arc<C>, following: &Following) {
+    pub fn follow<C: Chain>(&mut self, chain: &Arc<C>, following: &Following) {
+        self.drop_unanswered();
         self.cut_dense(following);
         let mut earlier: Vec<Address> = Vec::new();
         for (place, slot) in self.slots.iter_mut().enumerate() {

@@ -80,6 +80,7 @@ impl<C: Chain> Scanner<C> {
     pub(super) async fn look_back(&mut self) -> Result<Step, Trouble> {
         self.recent.clear();
         self.ahead.clear();
+        self.coming = None;
         self.followed = None;
         self.target = None;
         let Finding::Fork(fork) = self.find_fork().await? else {

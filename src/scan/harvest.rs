@@ -1,10 +1,11 @@
 //! The logs of a stretch of blocks: whether they can be believed, and what they say.
 
+use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
-use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
 use alloy::primitives::{Address, B256};
+use foldhash::{HashMap, HashSet, HashSetExt};
 
 use super::{Answer, BlockTag, Call, Chain, Trouble};
 use crate::event::{BlockRange, BlockRef, Event, Header, Log, Recognised, Role, Signatures};
@@ -40,6 +41,12 @@ pub(super) struct Harvest {
 }
 
 impl Harvest {
+    /// Nothing yet, of blocks with these headers.
+    pub fn of(headers: &[Header]) -> Self {
+        let times = headers.iter().map(|header| (header.block.number, header.timestamp)).collect();
+        Self { times, ..Self::default() }
+    }
+
     /// Adds one answer's logs. `end` is the header of the last block: the logs there must be of that fork.
     pub fn gather(&mut self, logs: Vec<Log>, range: BlockRange, end: &Header) -> Result<(), Trouble> {
         for log in logs {

@@ -5,9 +5,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use alloy::primitives::{Address, B256};
+use foldhash::{HashSet, HashSetExt};
 use tracing::{info, warn};
 
 use super::ahead::{Fetched, Following, RANGES};
+use super::coming::{Come, Coming, How};
 use super::harvest::Harvest;
 use super::limits::Way;
 use super::{
@@ -49,25 +51,69 @@ impl<C: Chain> Scanner<C> {
         }
     }
 
-    /// Final blocks, or all blocks where the configuration says so: by range, some of them ahead.
+    /// Asks for the unfinal blocks behind the `last` final one, once all ranges up to there are under way: for the headers
+    /// first, for the logs as soon as it is known who was announced until there. Where calls are scarce, nothing waits behind
+    /// these: they are made when the ranges need no more.
+    fn ask_coming(&mut self, last: u64) {
+        let is_in_doubt = self.looks > 0 || self.suspected.is_some();
+        if self.ahead.next() <= Some(last) || self.settings.reading == Reading::Ranged || is_in_doubt {
+            return;
+        }
+        if self.coming.is_none() {
+            self.ask_coming_headers(last);
+        }
+        if self.coming.as_ref().is_some_and(Coming::waits_for_filters)
+            && let Some(announced) = self.ahead.announced()
+        {
+            self.ask_coming_logs(announced);
+        }
+    }
+
+    /// Whether so many calls may be made before others that may follow.
+    fn is_time_for(&self, calls: u64) -> bool {
+        calls <= self.haste || self.ahead.is_there()
+    }
+
+    fn ask_coming_headers(&mut self, last: u64) {
+        let target = self.target.unwrap_or(last);
+        let Some(range) = BlockRange::starting_at(last + 1, self.linked_blocks(), target) else {
+            return;
+        };
+        let newest = self.newest_near(range);
+        if self.is_time_for(newest - last) {
+            let known = self.recent.range(range.from()..=newest).map(|(_, header)| *header).collect();
+            self.coming = Some(Coming::ask(&self.chain, range, newest, known));
+        }
+    }
+
+    /// `joining`: who will be watched by then.
+    fn ask_coming_logs(&mut self, mut joining: HashSet<Address>) {
+        let Some(blocks) = self.coming.as_ref().map(|coming| coming.range.blocks()) else {
+            return;
+        };
+        let registry = self.store.registry();
+        // A range that was accepted since may have announced them, too.
+        joining.retain(|escrow| !registry.contains(escrow));
+        let (arrivals, contracts) = (registry.arrivals(), registry.watched_len() + joining.len() + 1);
+        drop(registry);
+        let way = self.limits.way_by_hash(contracts);
+        let calls = match way {
+            Way::Everyone => blocks,
+            Way::Addresses => blocks.saturating_mul(contracts.div_ceil(self.limits.addresses()) as u64),
+        };
+        if !self.is_time_for(calls) {
+            return;
+        }
+        let filters = self.filters_with(Span::Block(B256::ZERO), way, &joining);
+        let addresses = filters.iter().map(|filter| filter.addresses.len()).max().unwrap_or(0);
+        if let Some(coming) = &mut self.coming {
+            coming.ask_logs(filters, How { way, addresses, arrivals, joining });
+        }
+    }
+
+    /// By range, some of them ahead: final blocks, or all blocks where the configuration says so.
     async fn read_range(&mut self, next: u64, last: u64, at_once: usize) -> Result<Step, Trouble> {
-        if !self.ahead.begins_at(next) {
-            self.ahead.clear();
-        }
-        while self.ahead.has_room(at_once) {
-            let way = self.limits.way(self.store.registry().watched_len() + 1);
-            let from = self.ahead.next().unwrap_or(next);
-            let left = last.saturating_sub(from).saturating_add(1);
-            let share = if self.store.cursor().is_none() { self.ahead.share(left, at_once) } else { left };
-            let Some(range) = BlockRange::starting_at(from, self.limits.range(way).min(share), last) else {
-                break;
-            };
-            let linked = self.store.cursor().is_some() || !self.ahead.is_empty();
-            // Before the filters are made: whoever comes in between is asked for twice rather than not at all.
-            let arrivals = self.store.registry().arrivals();
-            let filters = self.filters(Span::Range(range), way);
-            self.ahead.ask(&self.chain, &self.decoder, linked, (range, way), (filters, arrivals));
-        }
+        self.ask_ranges(next, last, at_once);
         if self.ahead.is_empty() {
             return Ok(Step::Idle);
         }
@@ -77,9 +123,17 @@ impl<C: Chain> Scanner<C> {
             at_once: self.limits.addresses(),
             everyone: self.limits.everyone(),
         };
-        let Some(fetched) = self.ahead.first(&self.chain, &following).await? else {
-            // What was asked for ahead was not answered: now it is needed.
-            return Ok(Step::Wait(Duration::ZERO));
+        let fetched = loop {
+            self.ahead.follow(&self.chain, &following);
+            if self.ahead.is_empty() {
+                // What was asked for ahead was not answered: now it is needed.
+                return Ok(Step::Wait(Duration::ZERO));
+            }
+            self.ask_coming(last);
+            match self.ahead.take_first()? {
+                Some(fetched) => break fetched,
+                None => self.ahead.wait().await,
+            }
         };
         let cursor = self.store.cursor();
         if let (Some(cursor), Some(parent)) = (cursor, fetched.parent)
@@ -106,6 +160,27 @@ impl<C: Chain> Scanner<C> {
         Ok(Step::Progress)
     }
 
+    /// Has as many ranges under way as there may be.
+    fn ask_ranges(&mut self, next: u64, last: u64, at_once: usize) {
+        if !self.ahead.begins_at(next) {
+            self.ahead.clear();
+        }
+        while self.ahead.has_room(at_once) {
+            let way = self.limits.way(self.store.registry().watched_len() + 1);
+            let from = self.ahead.next().unwrap_or(next);
+            let left = last.saturating_sub(from).saturating_add(1);
+            let share = if self.store.cursor().is_none() { self.ahead.share(left, at_once) } else { left };
+            let Some(range) = BlockRange::starting_at(from, self.limits.range(way).min(share), last) else {
+                break;
+            };
+            let linked = self.store.cursor().is_some() || !self.ahead.is_empty();
+            // Before the filters are made: whoever comes in between is asked for twice rather than not at all.
+            let arrivals = self.store.registry().arrivals();
+            let filters = self.filters(Span::Range(range), way);
+            self.ahead.ask(&self.chain, &self.decoder, linked, (range, way), (filters, arrivals));
+        }
+    }
+
     async fn accept_range(&mut self, fetched: Fetched) -> Result<(), Trouble> {
         let Fetched { range, way, addresses, started, end, harvest, parent: _ } = fetched;
         let mut marks: BTreeMap<u64, BlockRef> = BTreeMap::new();
@@ -128,14 +203,20 @@ impl<C: Chain> Scanner<C> {
 
     /// What to ask about a span: the factory and everyone who is watched.
     fn filters(&mut self, span: Span, way: Way) -> Vec<LogFilter> {
+        self.filters_with(span, way, &HashSet::new())
+    }
+
+    /// The same with those who are about to be.
+    fn filters_with(&mut self, span: Span, way: Way, joining: &HashSet<Address>) -> Vec<LogFilter> {
         let topics = || Arc::clone(&self.topics);
         if way == Way::Everyone {
             return vec![LogFilter { span, addresses: Addresses::any(), topics: topics() }];
         }
         let at_once = self.limits.addresses();
         let registry = self.store.registry();
-        if at_once <= CHUNK {
-            let all: Vec<Address> = [self.factory].into_iter().chain(registry.watched()).collect();
+        if at_once <= CHUNK || !joining.is_empty() {
+            let watched = registry.watched().chain(joining.iter().copied());
+            let all: Vec<Address> = [self.factory].into_iter().chain(watched).collect();
             let filter =
                 |part: &[Address]| LogFilter { span, addresses: part.to_vec().into(), topics: topics() };
             return all.chunks(at_once).map(filter).collect();
@@ -158,19 +239,21 @@ impl<C: Chain> Scanner<C> {
     /// Unfinal blocks: linked by parent hash, logs by block hash.
     async fn read_linked(&mut self, next: u64, target: u64) -> Result<Step, Trouble> {
         let started = Instant::now();
-        let count = self.linked.min(self.limits.range(Way::Addresses));
-        let Some(range) = BlockRange::starting_at(next, count, target) else {
+        let Some(range) = BlockRange::starting_at(next, self.linked_blocks(), target) else {
             return Ok(Step::Idle);
         };
-        let headers = self.headers(range).await?;
+        let (headers, come) = self.come(range, target).await?;
         let (first, last) = (headers[0], headers[headers.len() - 1]);
         let range = BlockRange::new(next, last.block.number).expect("headers begin with the next block's");
         if self.store.cursor().is_some_and(|cursor| cursor.hash != first.parent_hash) {
             return self.look_back().await;
         }
         self.suspected = None;
-        let way = self.limits.way_by_hash(self.store.registry().watched_len() + 1);
-        let (harvest, addresses) = match self.harvest_linked(&headers, way).await {
+        let way = match &come {
+            Some((_, how)) => how.way,
+            None => self.limits.way_by_hash(self.store.registry().watched_len() + 1),
+        };
+        let (harvest, addresses) = match self.harvest_linked(&headers, way, come).await {
             Err(Trouble::Refused {
                 refused: Refused::FewerAddresses(_) | Refused::Halve(_) | Refused::Unknown(_),
                 ..
@@ -191,14 +274,51 @@ impl<C: Chain> Scanner<C> {
         Ok(Step::Progress)
     }
 
+    /// Unfinal blocks to read together.
+    fn linked_blocks(&self) -> u64 {
+        self.linked.min(self.limits.range(Way::Addresses))
+    }
+
+    /// How far to ask for headers: up to the head already seen, so that from then on each new head links to it and costs no
+    /// other header.
+    fn newest_near(&self, range: BlockRange) -> u64 {
+        let newest = self.recent.keys().next_back().copied().unwrap_or(0);
+        if newest < range.to().saturating_add(LINKED_BLOCKS) { newest.max(range.to()) } else { range.to() }
+    }
+
+    /// The headers of the range, and the logs of its blocks if these were asked for before: then perhaps of fewer
+    /// blocks, or of more.
+    async fn come(
+        &mut self,
+        range: BlockRange,
+        target: u64,
+    ) -> Result<(Vec<Header>, Option<(Harvest, How)>), Trouble> {
+        let is_wanted = |it: &Coming| it.range.from() == range.from() && it.range.to() <= target;
+        if let Some(coming) = self.coming.take().filter(is_wanted)
+            && let asked = coming.range.blocks() as usize
+            && let Some(Come { mut headers, logs }) = coming.there().await
+            && !headers.iter().any(|header| self.is_seen_otherwise(header))
+        {
+            self.recent.extend(headers.iter().map(|header| (header.block.number, *header)));
+            if logs.is_some() {
+                headers.truncate(asked);
+                return Ok((headers, logs));
+            }
+        }
+        Ok((self.headers(range).await?, None))
+    }
+
+    /// What was seen since is newer.
+    fn is_seen_otherwise(&self, header: &Header) -> bool {
+        self.recent.get(&header.block.number).is_some_and(|seen| seen.block != header.block)
+    }
+
     /// The headers of the range, each the parent of the next; those seen at the head are not asked for again. Fewer, but
     /// one at least, if the node answering does not have the last ones.
     async fn headers(&mut self, range: BlockRange) -> Result<Vec<Header>, Trouble> {
-        // Up to the head already seen, so that from then on each new head links to it and costs no other header.
-        let newest = self.recent.keys().next_back().copied().unwrap_or(0);
-        let last = if newest < range.to() + LINKED_BLOCKS { newest.max(range.to()) } else { range.to() };
+        let newest = self.newest_near(range);
         let missing: Vec<u64> =
-            (range.from()..=last).filter(|number| !self.recent.contains_key(number)).collect();
+            (range.from()..=newest).filter(|number| !self.recent.contains_key(number)).collect();
         if !missing.is_empty() {
             let calls = missing.iter().map(|number| Call::Header(BlockTag::Number(*number))).collect();
             for (answer, number) in self.ask(calls).await?.into_iter().zip(missing) {
@@ -219,26 +339,43 @@ impl<C: Chain> Scanner<C> {
     }
 
     /// The blocks' logs, and the most addresses in one filter. By hash one call without addresses covers any number of
-    /// escrows.
-    async fn harvest_linked(&mut self, headers: &[Header], way: Way) -> Result<(Harvest, usize), Trouble> {
-        let mut harvest = Harvest::default();
-        harvest.times = headers.iter().map(|header| (header.block.number, header.timestamp)).collect();
-        let filters = self.filters(Span::Block(B256::ZERO), way);
-        let addresses = filters.iter().map(|filter| filter.addresses.len()).max().unwrap_or(0);
-        let first = |header: &Header| {
-            let of_block =
-                |filter: &LogFilter| LogFilter { span: Span::Block(header.block.hash), ..filter.clone() };
-            filters.iter().map(of_block).map(Call::Logs).collect()
+    /// escrows. `come`: what was asked for before.
+    async fn harvest_linked(
+        &mut self,
+        headers: &[Header],
+        way: Way,
+        come: Option<(Harvest, How)>,
+    ) -> Result<(Harvest, usize), Trouble> {
+        let (harvest, addresses, since) = match come {
+            Some((harvest, How { addresses, arrivals, joining, .. })) => {
+                let registry = self.store.registry();
+                let arrived = registry.arrived_after(arrivals).iter().copied();
+                (harvest, addresses, arrived.filter(|escrow| !joining.contains(escrow)).collect())
+            }
+            None => {
+                let mut harvest = Harvest::of(headers);
+                let filters = self.filters(Span::Block(B256::ZERO), way);
+                let first = |header: &Header| {
+                    let of_block = |filter: &LogFilter| LogFilter {
+                        span: Span::Block(header.block.hash),
+                        ..filter.clone()
+                    };
+                    filters.iter().map(of_block).map(Call::Logs).collect()
+                };
+                self.gather_linked(&mut harvest, headers, first).await?;
+                let addresses = filters.iter().map(|filter| filter.addresses.len()).max().unwrap_or(0);
+                (harvest, addresses, Vec::new())
+            }
         };
-        self.gather_linked(&mut harvest, headers, first).await?;
         let mut harvest = harvest.prepare(&*self.chain, &self.decoder, false, |_| false).await?;
         let fresh = harvest.unregistered(&self.store.registry());
-        if fresh.is_empty() || way == Way::Everyone {
+        if fresh.is_empty() && since.is_empty() || way == Way::Everyone {
             return Ok((harvest, addresses));
         }
         let again = |header: &Header| {
             let announced = fresh.iter().filter(|(_, block)| block.number <= header.block.number);
-            let addresses: Vec<Address> = announced.map(|(address, _)| *address).collect();
+            let addresses: Vec<Address> =
+                since.iter().copied().chain(announced.map(|(address, _)| *address)).collect();
             self.log_calls(Span::Block(header.block.hash), &addresses, &self.lifecycle_topics)
         };
         self.gather_linked(&mut harvest, headers, again).await?;

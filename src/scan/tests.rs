@@ -266,6 +266,11 @@ async fn settle_seeing(scanner: &mut Scanner<Fake>, mut see: impl FnMut()) {
     panic!("never settles");
 }
 
+/// Until nothing more happens by itself: paused time goes on only then.
+async fn idle() {
+    tokio::time::sleep(Duration::from_millis(1)).await;
+}
+
 /// Every entry of the log, by position. Claims them.
 fn entries(store: &Store) -> Vec<Entry> {
     store.claim(usize::MAX).unwrap().into_iter().map(|claimed| claimed.entry).collect()
@@ -623,6 +628,82 @@ async fn a_new_store_asks_for_final_blocks_in_several_ranges_at_once_where_calls
     }
 }
 
+/// Ten final blocks, with escrow 1 created in the first of them and 2 in the last, and five unfinal ones in which both, and
+/// 3, do something.
+fn final_and_unfinal_blocks() -> Arc<Fake> {
+    let chain = Fake::new(Some(5));
+    chain.extend(&[1], &[]);
+    (2..10).for_each(|_| chain.extend(&[], &[]));
+    chain.extend(&[2], &[]);
+    (0..5).for_each(|_| chain.extend(&[], &[1, 2, 3]));
+    chain
+}
+
+#[tokio::test(start_paused = true)]
+async fn unfinal_blocks_are_asked_for_while_the_final_ones_are_committed_with_all_who_were_announced_there() {
+    for (calls_a_second, expected) in [
+        // The poll; the final blocks and the headers of the others, but for the head; who was announced; times; the logs.
+        ("1000", [(3, 0), (1, 1), (4, 0), (1, 1), (2, 0), (0, 5)]),
+        // Where calls are scarce, nobody waits behind what is not needed yet.
+        ("5", [(3, 0), (1, 1), (1, 1), (2, 0), (4, 0), (0, 5)]),
+    ] {
+        let (chain, store) = (final_and_unfinal_blocks(), open_store());
+        let settings = [("rpc.requests_per_second", calls_a_second)];
+        let mut scanner = scanner(&chain, &store, &settings, Until::Forever);
+        assert_eq!(scanner.step().await.unwrap(), Step::Progress);
+        idle().await;
+        assert_eq!((chain.asked(), store.cursor().unwrap().number), (expected.to_vec(), 10));
+        chain.forget();
+        settle(&mut scanner).await;
+        assert_eq!(chain.asked(), [(1, 0)], "it only polls");
+        let logs = |escrow: Address| entries(&store).iter().filter(|entry| entry.escrow == escrow).count();
+        assert_eq!((logs(escrow(1)), store.cursor().unwrap().number), (6, 15));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn whoever_came_to_be_watched_since_unfinal_blocks_were_asked_for_is_asked_for_again() {
+    let (chain, store) = (final_and_unfinal_blocks(), open_store());
+    let settings = [("rpc.requests_per_second", "1000"), ("rpc.filter", "addresses")];
+    let mut scanner = scanner(&chain, &store, &settings, Until::Forever);
+    assert_eq!(scanner.step().await.unwrap(), Step::Progress);
+    idle().await;
+    assert_eq!(store.import(&[escrow(3)], 11).unwrap().new, 1);
+    chain.forget();
+    settle(&mut scanner).await;
+    assert_eq!(chain.asked()[0], (0, 5), "of the one that was imported");
+    let mut events: BTreeMap<Address, usize> = BTreeMap::new();
+    entries(&store).iter().for_each(|entry| *events.entry(entry.escrow).or_default() += 1);
+    assert_eq!(events, BTreeMap::from([(escrow(1), 6), (escrow(2), 6), (escrow(3), 5)]));
+}
+
+#[tokio::test(start_paused = true)]
+async fn unfinal_blocks_that_leave_the_chain_after_they_were_asked_for_are_taken_back_or_never_accepted() {
+    // As after a poll; or as after a pause, because too much waits for the sink.
+    for (pause, taken_back) in [(0, 8), (3, 0)] {
+        let (chain, store) = (final_and_unfinal_blocks(), open_store());
+        let settings = [("rpc.requests_per_second", "1000")];
+        let mut scanner = scanner(&chain, &store, &settings, Until::Forever);
+        assert_eq!(scanner.step().await.unwrap(), Step::Progress);
+        idle().await;
+        chain.drop_newest(4);
+        (0..8).for_each(|_| chain.extend(&[], &[2]));
+        tokio::time::sleep(Duration::from_secs(pause)).await;
+        let mut seen: BTreeMap<u64, Entry> = BTreeMap::new();
+        let claim = || store.claim(usize::MAX).unwrap().into_iter().map(|it| (it.position, it.entry));
+        for _ in 0..3 {
+            settle_seeing(&mut scanner, || seen.extend(claim())).await;
+        }
+        let retracted = seen.values().filter(|entry| matches!(entry.kind, Kind::Retraction { .. })).count();
+        assert_eq!(retracted, taken_back, "after {pause} s");
+        let blocks = chain.blocks.lock().unwrap();
+        assert_eq!(store.cursor(), blocks.last().map(|block| block.header.block));
+        let logs = blocks.iter().flat_map(|block| &block.logs);
+        let of_two = logs.filter(|log| log.address == escrow(2)).map(|log| (log.block.hash, log.log_index));
+        assert_eq!(standing(&seen)[&escrow(2)][1..], of_two.collect::<Vec<_>>());
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn logs_of_a_new_escrow_in_its_own_block_are_read_by_one_more_call_for_it_alone() {
     for finality in [0, 64] {
@@ -918,6 +999,17 @@ fn happenings() -> impl Strategy<Value = Happening> {
     ]
 }
 
+/// Before which happenings the chain grows by how many blocks: more than are unfinal.
+fn leaps() -> impl Strategy<Value = Vec<(usize, u8)>> {
+    prop::collection::vec((0usize..20, 9u8..25), 0..3)
+}
+
+/// Blocks that come before this happening; of each, which escrow it is of.
+fn leap(leaps: &[(usize, u8)], happening: usize) -> impl Iterator<Item = u8> {
+    let blocks = leaps.iter().filter(move |(before, _)| *before == happening).map(|(_, blocks)| *blocks);
+    (0..blocks.sum::<u8>()).map(|block| 1 + block % 5)
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 256, ..ProptestConfig::default() })]
 
@@ -930,6 +1022,7 @@ proptest! {
         ranged in any::<bool>(),
         small in any::<bool>(),
         hasty in any::<bool>(),
+        leaps in leaps(),
     ) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
         runtime.block_on(async {
@@ -946,7 +1039,10 @@ proptest! {
             ];
             let mut scanner = scanner(&chain, &store, &settings, Until::Forever);
             let mut seen: BTreeMap<u64, Entry> = BTreeMap::new();
-            for happening in script {
+            for (place, happening) in script.into_iter().enumerate() {
+                for escrow in leap(&leaps, place) {
+                    chain.extend(&[escrow], &[escrow, 1]);
+                }
                 match happening {
                     Happening::Grow(announced, approved) => chain.extend(&announced, &approved),
                     Happening::Fork(depth, grown) => {

@@ -13,10 +13,11 @@
 //!    which is not known at first, it may.
 //! 3. What a group holds in memory is bounded.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::ops::Range;
 
 use alloy::primitives::Address;
+use foldhash::{HashMap, HashMapExt};
 use redb::{ReadTransaction, ReadableDatabase};
 
 use super::runs::run_end;

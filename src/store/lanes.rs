@@ -1,9 +1,9 @@
 //! Numbering: the escrows one transaction touches, and the entries of their lanes.
 
-use std::collections::HashMap;
 use std::sync::MutexGuard;
 
 use alloy::primitives::{Address, B256};
+use foldhash::{HashMap, HashMapExt};
 use redb::{ReadableTable, Table, WriteTransaction};
 
 use super::opening::now_micros;

@@ -1,8 +1,9 @@
 //! The registry in memory: which addresses are watched, and which will be once their history is read.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet};
 
 use alloy::primitives::Address;
+use foldhash::{HashMap, HashSet};
 use redb::ReadableTable;
 use serde::{Deserialize, Serialize};
 

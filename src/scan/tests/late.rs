@@ -190,6 +190,7 @@ proptest! {
         script in prop::collection::vec(happenings(), 1..40),
         ranged in any::<bool>(),
         small in any::<bool>(),
+        leaps in leaps(),
     ) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
         runtime.block_on(async {
@@ -205,7 +206,10 @@ proptest! {
             relay.restart();
             let mut seen: BTreeMap<u64, Entry> = BTreeMap::new();
             let mut imported: BTreeMap<Address, u64> = BTreeMap::new();
-            for happening in script {
+            for (place, happening) in script.into_iter().enumerate() {
+                for number in leap(&leaps, place) {
+                    chain.extend_with(&[(FACTORY, DEPLOYED, number), (escrow(number), APPROVED, number), (escrow(7), RELEASED, 7)]);
+                }
                 match happening {
                     Happening::Grow(old, new, approved, released) => {
                         let old = old.iter().map(|it| (FACTORY, DEPLOYED, *it));

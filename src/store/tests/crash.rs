@@ -264,7 +264,7 @@ fn assert_sound(store: &Store) {
     let read = store.db.begin_read().unwrap();
     let log = read.open_table(EVENT_LOG).unwrap();
     let next_position = lock(&store.progress).next_position;
-    let mut last: HashMap<Address, u64> = HashMap::new();
+    let mut last: HashMap<Address, u64> = HashMap::default();
     // Of what was pruned only the end is known.
     let whole = log.first().unwrap().is_none_or(|(position, _)| position.value() == 0);
     for entry in log::entries(&log, 0..u64::MAX).unwrap() {

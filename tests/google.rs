@@ -421,3 +421,37 @@ async fn a_connection_that_is_dead_without_a_word_costs_one_message_its_time_and
         assert_eq!(receipt.failure, None, "message {key}");
     }
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn after_an_outage_no_message_fails_for_what_a_connection_remembers_of_it() {
+    let pubsub = PubSub::start().await;
+    pubsub.create_topic(TOPIC);
+    let sink = to(&pubsub.endpoint(), &[]).await;
+    let flood =
+        async |keys: std::ops::Range<u64>| join_all(keys.map(|key| sink.publish(vec![message(key)]))).await;
+    let before = flood(0..300).await;
+    assert!(before.iter().all(|receipt| receipt.failure.is_none()), "{before:?}");
+    pubsub.take_down().await;
+    // The last one finds no more room on the one connection.
+    let during = flood(300..401).await;
+    assert!(
+        during.iter().all(|receipt| matches!(receipt.failure, Some(SinkError::Unavailable(_)))),
+        "{during:?}"
+    );
+    pubsub.bring_up().await;
+    let after = flood(300..600).await;
+    assert!(after.iter().all(|receipt| receipt.failure.is_none()), "{after:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_flood_over_many_keys_has_more_under_way_than_google_takes_on_one_connection() {
+    let pubsub = PubSub::with_streams(100).await;
+    pubsub.create_topic(TOPIC);
+    pubsub.on_publish(|_| Answer::Hang);
+    let sink = to(&pubsub.endpoint(), &[("sink.timeout", "60s")]).await;
+    let flood = join_all((0..300).map(|key| sink.publish(vec![message(key)])));
+    tokio::select! {
+        receipts = flood => panic!("nothing is answered: {receipts:?}"),
+        () = pubsub.wait_for_requests(300) => {}
+    }
+}

@@ -1,8 +1,8 @@
 //! Google Pub/Sub through the official crate.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
 use google_cloud_auth::credentials::anonymous;
@@ -28,15 +28,38 @@ const REQUEST_MESSAGES: u32 = 1000;
 const REQUEST_BYTES: u32 = 3_000_000;
 /// What Pub/Sub takes at most, in bytes: a request with its framing, so a message a little less.
 const MESSAGE_BYTES: usize = 10_000_000 - 10_000;
-/// Runs that failed in a row after which the client is replaced, whatever the reason: its credentials may have failed for good.
-const FAILURES_PER_CLIENT: u32 = 4;
+/// Requests under way on one connection, at most: as many as Google's server allows, and the library.
+const STREAMS: usize = 100;
+/// How clients are used, and when one is replaced.
+struct Use {
+    connections: usize,
+    /// After so many runs that failed in a row, whatever the reason: its credentials may have failed for good.
+    failures: u32,
+    /// After so long without use.
+    unused: Duration,
+}
 
-/// Publishes to a topic. The library makes one attempt, bounded by `sink.timeout`; every retry is the publisher's.
+/// One connection, which what comes now and then keeps in use.
+const STEADY: Use = Use { connections: 1, failures: 4, unused: Duration::MAX };
+/// More of them, for what would wait on that one. After a while without use they may be forgotten on the way without a word,
+/// and each would cost a run its time. After an outage each says once that it could not be made, whether or not it can be then.
+const FLOOD: Use = Use { connections: 4, failures: 1, unused: Duration::from_secs(60) };
+
+/// Publishes to a topic. The library makes one attempt, bounded by `sink.timeout` from when it is connected; every retry is
+/// the publisher's.
 pub struct GooglePubSub {
+    steady: Clients,
+    flood: Clients,
+    under_way: AtomicUsize,
+}
+
+/// A client of the library, and another one when that is bad.
+struct Clients {
     endpoint: Option<String>,
     emulator: bool,
     timeout: Duration,
     topic: String,
+    usage: Use,
     client: Mutex<Client>,
 }
 
@@ -46,6 +69,7 @@ struct Client {
     /// Gathers messages that have no ordering key into one request, of whatever lane they are.
     gathering: Publisher,
     record: Arc<Record>,
+    used: Instant,
 }
 
 /// How a client does.
@@ -55,7 +79,8 @@ struct Record {
     failures: AtomicU32,
     /// Something was: it is connected, and its credentials are good.
     has_published: AtomicBool,
-    /// Later a run was not answered in time: its connection may be dead without a word, which nothing in the library notices.
+    /// Later a run was not answered in time: one of its connections may be dead without a word, which nothing in the library
+    /// notices.
     was_unanswered: AtomicBool,
     /// Somebody makes another one.
     is_replaced: AtomicBool,
@@ -80,35 +105,55 @@ impl Record {
         }
     }
 
-    /// Whether whoever asks is to make another one: the first to ask of one that is bad.
-    fn is_to_be_replaced(&self) -> bool {
-        let bad = self.was_unanswered.load(Ordering::Relaxed)
-            || self.failures.load(Ordering::Relaxed) >= FAILURES_PER_CLIENT;
-        bad && !self.is_replaced.swap(true, Ordering::Relaxed)
+    fn is_bad(&self, failures: u32) -> bool {
+        self.was_unanswered.load(Ordering::Relaxed) || self.failures.load(Ordering::Relaxed) >= failures
     }
 }
 
 impl GooglePubSub {
-    /// A client for the configured topic; it connects when it first publishes.
+    /// For the configured topic; it connects when it first publishes.
     pub async fn open(config: &config::Sink) -> Result<Self, SetupError> {
+        let (steady, flood) = (Clients::open(config, STEADY).await?, Clients::open(config, FLOOD).await?);
+        Ok(Self { steady, flood, under_way: AtomicUsize::new(0) })
+    }
+
+    /// Who publishes a run that begins while so many are under way.
+    async fn clients(&self, under_way: usize) -> &Clients {
+        if under_way >= STREAMS && self.flood.replace_bad_client().await {
+            return &self.flood;
+        }
+        self.steady.replace_bad_client().await;
+        &self.steady
+    }
+}
+
+impl Clients {
+    async fn open(config: &config::Sink, usage: Use) -> Result<Self, SetupError> {
         let SinkKind::Pubsub { project, topic, endpoint, emulator } = &config.kind else {
             return Err(SetupError::PubSub("sink.kind is not \"pubsub\"".into()));
         };
         let (endpoint, timeout) = (endpoint.clone(), config.timeout);
-        let base = client(endpoint.as_deref(), *emulator, timeout).await?;
+        let base = client(endpoint.as_deref(), *emulator, timeout, usage.connections).await?;
         let topic = topic_name(project, topic);
         let client = Mutex::new(Client::new(base, &topic, Arc::default()));
-        Ok(Self { endpoint, emulator: *emulator, timeout, topic, client })
+        Ok(Self { endpoint, emulator: *emulator, timeout, topic, usage, client })
     }
 
-    /// After a run without an answer, or a number of failures in a row: another client, with a connection of its own. What is
-    /// under way in the one before keeps that until it is done.
-    async fn replace_bad_client(&self) {
-        let record = Arc::clone(&lock(&self.client).record);
-        if !record.is_to_be_replaced() {
-            return;
+    /// Makes another client, with connections of its own, where this one is bad. What is under way in it keeps it until it is
+    /// done. `false`: it is bad, and another run is making the new one.
+    async fn replace_bad_client(&self) -> bool {
+        let (record, used) = {
+            let client = lock(&self.client);
+            (Arc::clone(&client.record), client.used)
+        };
+        if used.elapsed() <= self.usage.unused && !record.is_bad(self.usage.failures) {
+            return true;
         }
-        let base = match client(self.endpoint.as_deref(), self.emulator, self.timeout).await {
+        if record.is_replaced.swap(true, Ordering::Relaxed) {
+            return false;
+        }
+        let made = client(self.endpoint.as_deref(), self.emulator, self.timeout, self.usage.connections);
+        let base = match made.await {
             Ok(base) => base,
             Err(error) => {
                 debug!(%error, "No other Pub/Sub client can be made: going on with this one");
@@ -116,6 +161,7 @@ impl GooglePubSub {
             }
         };
         *lock(&self.client) = Client::new(base, &self.topic, Arc::default());
+        true
     }
 
     /// Who publishes a run.
@@ -124,7 +170,8 @@ impl GooglePubSub {
     /// of all that its key is paused, is left in it. A lane has one run under way at a time, so a key never lives in two of
     /// them at once. Kept, the library would have a task for every key it has ever seen, 14 KB each.
     fn publisher_for(&self, run: &[Arc<Message>]) -> (Publisher, Arc<Record>) {
-        let client = lock(&self.client);
+        let mut client = lock(&self.client);
+        client.used = Instant::now();
         let bytes: usize = run.iter().map(|message| message.size()).sum();
         let publisher = match run {
             // What comes alone must not wait for company.
@@ -147,7 +194,7 @@ impl GooglePubSub {
 impl Client {
     fn new(base: BasePublisher, topic: &str, record: Arc<Record>) -> Self {
         let gathering = publisher(&base, topic, REQUEST_MESSAGES, GATHER);
-        Self { base, gathering, record }
+        Self { base, gathering, record, used: Instant::now() }
     }
 }
 
@@ -161,8 +208,10 @@ async fn client(
     endpoint: Option<&str>,
     emulator: bool,
     timeout: Duration,
+    connections: usize,
 ) -> Result<BasePublisher, SetupError> {
-    let mut builder = BasePublisher::builder().with_retry_policy(OneAttempt { timeout });
+    let builder = BasePublisher::builder().with_grpc_subchannel_count(connections);
+    let mut builder = builder.with_retry_policy(OneAttempt { timeout });
     if let Some(endpoint) = endpoint {
         builder = builder.with_endpoint(endpoint);
     }
@@ -193,8 +242,9 @@ impl Sink for GooglePubSub {
             let reason = format!("the message has {size} bytes, Pub/Sub takes {MESSAGE_BYTES}");
             return Receipt { acknowledged: 0, failure: Some(SinkError::Refused(reason)) };
         }
-        self.replace_bad_client().await;
-        let (publisher, record) = self.publisher_for(&run[..fitting]);
+        let under_way = UnderWay::one_more(&self.under_way);
+        let clients = self.clients(under_way.before).await;
+        let (publisher, record) = clients.publisher_for(&run[..fitting]);
         let sent = run[..fitting].iter().map(|message| publisher.publish(wire(message)));
         // All of them: nothing may be under way when the run is tried again.
         let results = join_all(sent).await;
@@ -204,7 +254,7 @@ impl Sink for GooglePubSub {
             return Receipt { acknowledged, failure: None };
         };
         if matches!(error, PublishError::Shutdown) {
-            self.renew();
+            clients.renew();
         }
         let failure = judge(&error);
         record.failed(&error, &failure);
@@ -217,6 +267,25 @@ impl Sink for GooglePubSub {
 
     fn name(&self) -> &'static str {
         "Pub/Sub"
+    }
+}
+
+/// A run that is under way, until it is dropped.
+struct UnderWay<'a> {
+    all: &'a AtomicUsize,
+    /// How many were when it began.
+    before: usize,
+}
+
+impl<'a> UnderWay<'a> {
+    fn one_more(all: &'a AtomicUsize) -> Self {
+        Self { all, before: all.fetch_add(1, Ordering::Relaxed) }
+    }
+}
+
+impl Drop for UnderWay<'_> {
+    fn drop(&mut self) {
+        self.all.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

@@ -73,6 +73,7 @@ pub struct PubSub {
     shared: Arc<Shared>,
     address: SocketAddr,
     running: Mutex<Option<Runtime>>,
+    streams: u32,
 }
 
 /// A message as it arrived, in the order of arrival over all topics.
@@ -156,11 +157,17 @@ impl Message {
 impl PubSub {
     /// A server without topics on a free port. It ends on drop.
     pub async fn start() -> PubSub {
+        // Hanging requests must not use up what the others need.
+        PubSub::with_streams(100_000).await
+    }
+
+    /// The same, where so many requests may be under way on one connection.
+    pub async fn with_streams(streams: u32) -> PubSub {
         let listener = TcpListener::bind("127.0.0.1:0").expect("there is a free port");
         let address = listener.local_addr().expect("a bound socket has an address");
         let shared = Arc::new(Shared { external: External::from_env(), ..Shared::default() });
-        let running = Mutex::new(Some(serve(listener, shared.clone())));
-        PubSub { shared, address, running }
+        let running = Mutex::new(Some(serve(listener, shared.clone(), streams)));
+        PubSub { shared, address, running, streams }
     }
 
     /// `127.0.0.1:port`, as it stands in `PUBSUB_EMULATOR_HOST`.
@@ -313,7 +320,8 @@ impl PubSub {
     /// The server is back, on the same port.
     pub async fn bring_up(&self) {
         let listener = TcpListener::bind(self.address).expect("its port is still free");
-        *self.running.lock().expect("no panic while held") = Some(serve(listener, self.shared.clone()));
+        *self.running.lock().expect("no panic while held") =
+            Some(serve(listener, self.shared.clone(), self.streams));
     }
 }
 
@@ -334,7 +342,7 @@ impl Drop for PubSub {
     }
 }
 
-fn serve(listener: TcpListener, shared: Arc<Shared>) -> Runtime {
+fn serve(listener: TcpListener, shared: Arc<Shared>, streams: u32) -> Runtime {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .thread_name("pubsub")
@@ -345,7 +353,7 @@ fn serve(listener: TcpListener, shared: Arc<Shared>) -> Runtime {
     runtime.spawn(async move {
         let listener = tokio::net::TcpListener::from_std(listener).expect("a listening socket");
         Server::builder()
-            .max_concurrent_streams(100_000) // hanging requests must not use up what the others need
+            .max_concurrent_streams(streams)
             .initial_stream_window_size(16 << 20)
             .initial_connection_window_size(64 << 20)
             .serve_with_incoming(Rpc(shared), TcpIncoming::from(listener).with_nodelay(Some(true)))

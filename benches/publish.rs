@@ -1,5 +1,6 @@
 //! From the outbox to acknowledged: 20,000 messages over 1,000 ordering keys and over 10,000, into a Pub/Sub server in
-//! this process that costs next to nothing.
+//! this process that costs next to nothing; and 5,000, each with a key of its own, into one that is as far away as Google's
+//! and allows a hundred requests on a connection, too.
 //!
 //! The floor: a bare `google-cloud-pubsub` publisher that sends the same messages, ordered, from memory, and waits for
 //! every answer. It runs as the library comes, and as the relayer sets it up. The relayer reads the messages from its
@@ -28,6 +29,8 @@ use relayer::pubsub::ConfiguredSink;
 use relayer::store::Stretch;
 
 const MESSAGES: usize = 20_000;
+const FAR_MESSAGES: usize = 5_000;
+const FAR: Duration = Duration::from_millis(20);
 /// `sink.max_outstanding`, which bounds what may be repeated after a crash: the default, and more.
 const OUTSTANDING: [&str; 2] = ["1000", "20000"];
 const TOPIC: &str = "projects/bench/topics/settlement.events.v1";
@@ -85,18 +88,22 @@ async fn publish_all(mut publisher: Publisher<ConfiguredSink>) {
 }
 
 fn few_keys(criterion: &mut Criterion) {
-    compare(criterion, "publish/1000_keys", size(1000, 50));
+    compare(criterion, "publish/1000_keys", Broker::start(), size(1000, 50), size(MESSAGES, 1000));
 }
 
 fn many_keys(criterion: &mut Criterion) {
-    compare(criterion, "publish/10000_keys", size(10_000, 100));
+    compare(criterion, "publish/10000_keys", Broker::start(), size(10_000, 100), size(MESSAGES, 1000));
 }
 
-fn compare(criterion: &mut Criterion, name: &str, escrows: usize) {
-    let (broker, runtime, folder) = (Broker::start(), runtime(), folder());
+fn far(criterion: &mut Criterion) {
+    let messages = size(FAR_MESSAGES, 250);
+    compare(criterion, "publish/20_ms_away", Broker::far(FAR), messages, messages);
+}
+
+fn compare(criterion: &mut Criterion, name: &str, broker: Broker, escrows: usize, messages: usize) {
+    let (runtime, folder) = (runtime(), folder());
     let full = folder.path().join("full.redb");
     let config = config_to(&broker, "http://localhost", &[]);
-    let messages = size(MESSAGES, 1000);
     fill(&config, &full, escrows, messages / escrows);
     let waiting = waiting(&config, &full);
     assert_eq!(waiting.len(), messages);
@@ -150,5 +157,5 @@ fn compare(criterion: &mut Criterion, name: &str, escrows: usize) {
     ratios.finish();
 }
 
-criterion_group!(benches, few_keys, many_keys);
+criterion_group!(benches, few_keys, many_keys, far);
 criterion_main!(benches);

@@ -1,11 +1,13 @@
 //! A Pub/Sub server that costs next to nothing: it counts the messages of a publish request without looking into them,
-//! and gives each an id. It has threads of its own.
+//! and gives each an id. It has threads of its own. One that is far away answers later, and allows as many requests on a
+//! connection as Google's.
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use googleapis_tonic_google_pubsub_v1::google::pubsub::v1::PublishResponse;
 use tokio::runtime::Runtime;
@@ -32,7 +34,17 @@ struct Counted {
 }
 
 impl Broker {
+    /// One that answers at once, however many requests there are.
     pub fn start() -> Broker {
+        Broker::serve(Duration::ZERO, 100_000)
+    }
+
+    /// One that answers after this long.
+    pub fn far(away: Duration) -> Broker {
+        Broker::serve(away, 100)
+    }
+
+    fn serve(away: Duration, streams: u32) -> Broker {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .thread_name("broker")
@@ -43,11 +55,11 @@ impl Broker {
         let address = listener.local_addr().expect("it has an address");
         listener.set_nonblocking(true).expect("a socket can be non-blocking");
         let counted = Arc::new(Counted::default());
-        let serving = Topic(Arc::clone(&counted));
+        let serving = Topic { counted: Arc::clone(&counted), away };
         runtime.spawn(async move {
             let listener = tokio::net::TcpListener::from_std(listener).expect("a listening socket");
             Server::builder()
-                .max_concurrent_streams(100_000)
+                .max_concurrent_streams(streams)
                 .initial_stream_window_size(16 << 20)
                 .initial_connection_window_size(64 << 20)
                 .serve_with_incoming(serving, TcpIncoming::from(listener).with_nodelay(Some(true)))
@@ -111,7 +123,10 @@ impl Message for Skimmed {
 }
 
 #[derive(Clone)]
-struct Topic(Arc<Counted>);
+struct Topic {
+    counted: Arc<Counted>,
+    away: Duration,
+}
 
 impl Service<http::Request<Body>> for Topic {
     type Response = http::Response<Body>;
@@ -138,13 +153,19 @@ impl Service<http::Request<Body>> for Topic {
 
 impl UnaryService<Skimmed> for Topic {
     type Response = PublishResponse;
-    type Future = std::future::Ready<Result<Response<PublishResponse>, Status>>;
+    type Future = BoxFuture<Response<PublishResponse>, Status>;
 
     fn call(&mut self, request: Request<Skimmed>) -> Self::Future {
         let count = request.get_ref().messages;
-        self.0.requests.fetch_add(1, Ordering::Relaxed);
-        let first = self.0.messages.fetch_add(count, Ordering::Relaxed);
+        self.counted.requests.fetch_add(1, Ordering::Relaxed);
+        let first = self.counted.messages.fetch_add(count, Ordering::Relaxed);
         let message_ids = (first..first + count).map(|id| id.to_string()).collect();
-        std::future::ready(Ok(Response::new(PublishResponse { message_ids })))
+        let away = self.away;
+        Box::pin(async move {
+            if !away.is_zero() {
+                tokio::time::sleep(away).await;
+            }
+            Ok(Response::new(PublishResponse { message_ids }))
+        })
     }
 }

@@ -30,6 +30,8 @@ const REQUEST_BYTES: u32 = 3_000_000;
 const MESSAGE_BYTES: usize = 10_000_000 - 10_000;
 /// Requests under way on one connection, at most: as many as Google's server allows, and the library.
 const STREAMS: usize = 100;
+/// A server that answers within this has room for so many: twenty thousand runs a second, more than are ever made.
+const NEAR: Duration = Duration::from_millis(5);
 /// How clients are used, and when one is replaced.
 struct Use {
     connections: usize,
@@ -41,7 +43,7 @@ struct Use {
 
 /// One connection, which what comes now and then keeps in use.
 const STEADY: Use = Use { connections: 1, failures: 4, unused: Duration::MAX };
-/// More of them, for what would wait on that one. After a while without use they may be forgotten on the way without a word,
+/// More of them, for what would wait on that one: without need they only cost, as each sends less at a time. After a while without use they may be forgotten on the way without a word,
 /// and each would cost a run its time. After an outage each says once that it could not be made, whether or not it can be then.
 const FLOOD: Use = Use { connections: 4, failures: 1, unused: Duration::from_secs(60) };
 
@@ -84,12 +86,16 @@ struct Record {
     was_unanswered: AtomicBool,
     /// Somebody makes another one.
     is_replaced: AtomicBool,
+    /// The fastest answer so far.
+    fastest: Mutex<Option<Duration>>,
 }
 
 impl Record {
-    fn succeeded(&self) {
+    fn succeeded(&self, took: Duration) {
         self.failures.store(0, Ordering::Relaxed);
         self.has_published.store(true, Ordering::Relaxed);
+        let mut fastest = lock(&self.fastest);
+        *fastest = Some(fastest.map_or(took, |fastest| fastest.min(took)));
     }
 
     fn failed(&self, error: &PublishError, failure: &SinkError) {
@@ -119,7 +125,7 @@ impl GooglePubSub {
 
     /// Who publishes a run that begins while so many are under way.
     async fn clients(&self, under_way: usize) -> &Clients {
-        if under_way >= STREAMS && self.flood.replace_bad_client().await {
+        if under_way >= STREAMS && !self.steady.is_near() && self.flood.replace_bad_client().await {
             return &self.flood;
         }
         self.steady.replace_bad_client().await;
@@ -137,6 +143,11 @@ impl Clients {
         let topic = topic_name(project, topic);
         let client = Mutex::new(Client::new(base, &topic, Arc::default()));
         Ok(Self { endpoint, emulator: *emulator, timeout, topic, usage, client })
+    }
+
+    /// Whether the server is so near that one connection takes whatever there is.
+    fn is_near(&self) -> bool {
+        lock(&lock(&self.client).record.fastest).is_some_and(|fastest| fastest <= NEAR)
     }
 
     /// Makes another client, with connections of its own, where this one is bad. What is under way in it keeps it until it is
@@ -221,8 +232,8 @@ async fn client(
     builder.build().await.map_err(|error| SetupError::PubSub(error.to_string()))
 }
 
-fn lock(client: &Mutex<Client>) -> MutexGuard<'_, Client> {
-    client.lock().expect("no code that panics runs under this lock")
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().expect("no code that panics runs under this lock")
 }
 
 /// The topic's full name; a full name is taken as it is.
@@ -246,11 +257,12 @@ impl Sink for GooglePubSub {
         let clients = self.clients(under_way.before).await;
         let (publisher, record) = clients.publisher_for(&run[..fitting]);
         let sent = run[..fitting].iter().map(|message| publisher.publish(wire(message)));
+        let began = Instant::now();
         // All of them: nothing may be under way when the run is tried again.
         let results = join_all(sent).await;
         let acknowledged = results.iter().take_while(|result| result.is_ok()).count();
         let Some(error) = results.into_iter().find_map(Result::err) else {
-            record.succeeded();
+            record.succeeded(began.elapsed());
             return Receipt { acknowledged, failure: None };
         };
         if matches!(error, PublishError::Shutdown) {

@@ -32,6 +32,7 @@ const MESSAGE_BYTES: usize = 10_000_000 - 10_000;
 const STREAMS: usize = 100;
 /// A server that answers within this has room for so many: twenty thousand runs a second, more than are ever made.
 const NEAR: Duration = Duration::from_millis(5);
+
 /// How clients are used, and when one is replaced.
 struct Use {
     connections: usize,
@@ -43,8 +44,9 @@ struct Use {
 
 /// One connection, which what comes now and then keeps in use.
 const STEADY: Use = Use { connections: 1, failures: 4, unused: Duration::MAX };
-/// More of them, for what would wait on that one: without need they only cost, as each sends less at a time. After a while without use they may be forgotten on the way without a word,
-/// and each would cost a run its time. After an outage each says once that it could not be made, whether or not it can be then.
+/// More of them, for what would wait on that one; without need they only cost, as each sends less at a time. After a while
+/// without use they may be forgotten on the way without a word, and each would cost a run its time. After an outage each says
+/// once that it could not be made, whether or not it can be then.
 const FLOOD: Use = Use { connections: 4, failures: 1, unused: Duration::from_secs(60) };
 
 /// Publishes to a topic. The library makes one attempt, bounded by `sink.timeout` from when it is connected; every retry is

@@ -26,7 +26,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use foldhash::{HashMap, HashSet};
+use foldhash::{HashMap, HashMapExt, HashSet, HashSetExt};
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use thiserror::Error;
@@ -217,7 +217,7 @@ impl<S: Sink> Publisher<S> {
             max_outstanding: config.max_outstanding.get(),
             patience: config.timeout * 2,
             complain_at: Instant::now() + config.timeout * 2,
-            lanes: HashMap::default(),
+            lanes: HashMap::new(),
             ready: BTreeSet::new(),
             retries: BTreeSet::new(),
             in_flight: FuturesUnordered::new(),
@@ -231,8 +231,8 @@ impl<S: Sink> Publisher<S> {
             pending: VecDeque::new(),
             committing: None,
             outage: None,
-            blocked: HashSet::default(),
-            failing: HashSet::default(),
+            blocked: HashSet::new(),
+            failing: HashSet::new(),
             gathering_until: None,
             said_full: false,
             permit: Arc::new(Permit::forever()),

@@ -67,8 +67,8 @@ const UNANNOUNCED: u32 = 3;
 const WITHOUT_POLL: u32 = 2;
 /// Looks at a tag without an answer after which the node counts as not knowing it: a node just started has none yet.
 const TAG_LOOKS: u32 = 3;
-/// Calls that are scarce are not spent on haste: of those of a second only this part.
-const HASTE: u64 = 4;
+/// Calls that are scarce are not spent on haste: it may have those of a quarter of a second.
+const HASTE_DIVISOR: u64 = 4;
 
 /// What a step came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -219,7 +219,7 @@ impl<C: Chain> Scanner<C> {
         until: Until,
     ) -> Self {
         let (factory_seen, finalized) = (store.cursor().is_some(), store.finalized());
-        let haste = u64::from(config.rpc.requests_per_second.get()) / HASTE;
+        let haste = u64::from(config.rpc.requests_per_second.get()) / HASTE_DIVISOR;
         let decoder = Decoder {
             chain_id: config.chain.id,
             factory: config.factory.address,

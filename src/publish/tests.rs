@@ -225,8 +225,8 @@ async fn drain(publisher: &mut Publisher<Script>) {
 
 /// Names in the order of first arrival, by lane.
 fn firsts(stored: &[String]) -> HashMap<String, Vec<String>> {
-    let mut seen = HashSet::default();
-    let mut lanes: HashMap<String, Vec<String>> = HashMap::default();
+    let mut seen = HashSet::new();
+    let mut lanes: HashMap<String, Vec<String>> = HashMap::new();
     for name in stored.iter().filter(|name| seen.insert((*name).clone())) {
         lanes.entry(name[..4].to_owned()).or_default().push(name.clone());
     }
@@ -644,7 +644,7 @@ proptest! {
             drain(&mut publisher).await;
             assert_eq!(store.waiting(), 0);
             let stored = sink.stored.lock().unwrap();
-            let mut bytes: HashMap<&str, &Arc<Message>> = HashMap::default();
+            let mut bytes: HashMap<&str, &Arc<Message>> = HashMap::new();
             for (name, message) in stored.iter() {
                 assert_eq!(*bytes.entry(name).or_insert(message), message, "a repeat is the same");
             }

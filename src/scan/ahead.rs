@@ -14,7 +14,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::harvest::{Ask, Decoder, Ends, Harvest, ask_range};
 use super::limits::Way;
-use super::read::log_calls;
+use super::read::{log_calls, most_addresses};
 use super::{CATCH_UP, Call, Chain, LogFilter, Span, Trouble};
 use crate::event::{Addresses, BlockRange, BlockRef, Header};
 
@@ -158,7 +158,7 @@ impl Ahead {
         (range, way): (BlockRange, Way),
         (filters, arrivals): (Vec<LogFilter>, u64),
     ) {
-        let addresses = filters.iter().map(|filter| filter.addresses.len()).max().unwrap_or(0);
+        let addresses = most_addresses(&filters);
         let logs = filters.into_iter().map(Call::Logs).collect();
         let ask = Ask { range, linked, ahead: !self.slots.is_empty(), told: None, logs };
         let state = asking(Arc::clone(chain), decoder.clone(), ask, Harvest::default(), way);

@@ -1,9 +1,9 @@
 //! Unfinal blocks, asked for while the final ones before them are still read.
 //!
-//! Their headers can be asked for at once. Their logs when it is known who is watched by then: as soon as all final ranges
-//! are there, while these are committed. They are asked for by block hash, so whatever happens to the chain meanwhile, they
-//! are the logs of those blocks; whether the blocks follow the cursor is for the reader to see. That they are still on the
-//! chain nobody looks again, so what lies unused for long is asked for anew.
+//! Their headers can be asked for at once. Their logs when it is known who is watched by then: as soon as the announcements
+//! of all final ranges are there, beside the follow-ups and the commits of these. They are asked for by block hash, so whatever
+//! happens to the chain meanwhile, they are the logs of those blocks; whether the blocks follow the cursor is for the reader to
+//! see. That they are still on the chain nobody looks again, so what lies unused for long is asked for anew.
 
 use std::ops::RangeInclusive;
 use std::sync::Arc;
@@ -17,25 +17,23 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::harvest::Harvest;
 use super::limits::Way;
-use super::{Answer, BlockTag, Call, Chain, LogFilter, Span};
+use super::read::calls_of_block;
+use super::{Answer, BlockTag, Call, Chain, LogFilter};
 use crate::event::{BlockRange, Header};
-
-/// Blocks that were asked for.
-pub(super) struct Coming {
-    pub range: BlockRange,
-    whom: Option<oneshot::Sender<Vec<LogFilter>>>,
-    how: Option<How>,
-    asking: AbortOnDropHandle<Option<There>>,
-}
 
 /// How long answers may lie unused: a fork that takes those blocks meanwhile would be seen only after they were accepted.
 const FRESH: Duration = Duration::from_secs(2);
 
-/// Headers, each the parent of the next; the logs of the range, if they were asked for and answered; how long nothing was
-/// under way so far, and since when.
+/// Blocks that were asked for.
+pub(super) struct Coming {
+    pub range: BlockRange,
+    whom: Option<oneshot::Sender<(Vec<LogFilter>, How)>>,
+    asking: AbortOnDropHandle<Option<There>>,
+}
+
+/// What came of it, how long nothing was under way until the logs were asked for, and since when nothing is.
 struct There {
-    headers: Vec<Header>,
-    logs: Option<Harvest>,
+    come: Come,
     unused: Duration,
     since: Instant,
 }
@@ -63,20 +61,22 @@ impl Coming {
     /// Asks for the headers of the range, whose logs are wanted later, and of the blocks behind it up to `newest`, but for
     /// those that are `known`.
     pub fn ask<C: Chain>(chain: &Arc<C>, range: BlockRange, newest: u64, known: Vec<Header>) -> Self {
-        let (whom, filters) = oneshot::channel::<Vec<LogFilter>>();
+        let (whom, filters) = oneshot::channel::<(Vec<LogFilter>, How)>();
         let chain = Arc::clone(chain);
         let asking = AbortOnDropHandle::new(tokio::spawn(async move {
             let headers = headers(&*chain, range.from()..=newest, known).await?;
             let answered = Instant::now();
-            let Ok(filters) = filters.await else {
-                return Some(There { headers, logs: None, unused: Duration::ZERO, since: answered });
+            let Ok((filters, how)) = filters.await else {
+                let come = Come { headers, logs: None };
+                return Some(There { come, unused: Duration::ZERO, since: answered });
             };
             let unused = answered.elapsed();
             let of_range = &headers[..range.blocks() as usize];
             let logs = if unused < FRESH { logs(&*chain, of_range, &filters).await } else { None };
-            Some(There { headers, logs, unused, since: Instant::now() })
+            let come = Come { headers, logs: logs.map(|harvest| (harvest, how)) };
+            Some(There { come, unused, since: Instant::now() })
         }));
-        Self { range, whom: Some(whom), how: None, asking }
+        Self { range, whom: Some(whom), asking }
     }
 
     /// Whether it has yet to be said whose logs to ask for.
@@ -87,21 +87,19 @@ impl Coming {
     /// Asks for their logs.
     pub fn ask_logs(&mut self, filters: Vec<LogFilter>, how: How) {
         if let Some(whom) = self.whom.take() {
-            self.how = Some(how);
             // The headers were not answered: then nobody listens.
-            let _ = whom.send(filters);
+            let _ = whom.send((filters, how));
         }
     }
 
     /// Waits for what was asked for. `None`: it was not answered, or too long ago.
     pub async fn there(self) -> Option<Come> {
-        let Self { whom, how, asking, .. } = self;
-        drop(whom);
-        let There { headers, logs, unused, since } = match asking.await {
+        drop(self.whom);
+        let There { come, unused, since } = match self.asking.await {
             Ok(there) => there?,
             Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
         };
-        (unused + since.elapsed() < FRESH).then(|| Come { headers, logs: logs.zip(how) })
+        (unused + since.elapsed() < FRESH).then_some(come)
     }
 }
 
@@ -127,17 +125,6 @@ async fn headers<C: Chain>(
 /// The logs of these blocks; `None` if they were not answered, or contradict themselves.
 async fn logs<C: Chain>(chain: &C, headers: &[Header], filters: &[LogFilter]) -> Option<Harvest> {
     let mut harvest = Harvest::of(headers);
-    let of_block = |header: &Header| {
-        let hash = header.block.hash;
-        filters.iter().map(move |filter| LogFilter { span: Span::Block(hash), ..filter.clone() })
-    };
-    let calls = headers.iter().flat_map(of_block).map(Call::Logs).collect();
-    let answers = chain.ask_ahead(calls).await?;
-    for (answer, header) in
-        answers.into_iter().zip(headers.iter().flat_map(|it| std::iter::repeat_n(it, filters.len())))
-    {
-        let block = BlockRange::new(header.block.number, header.block.number)?;
-        harvest.gather(answer.logs(), block, header).ok()?;
-    }
-    Some(harvest)
+    let calls = |header: &Header| calls_of_block(filters, header);
+    harvest.gather_blocks(chain, headers, calls, true).await.ok()?.then_some(harvest)
 }

@@ -78,6 +78,30 @@ impl Harvest {
         Ok(())
     }
 
+    /// Asks what `calls` says for each block, all in one go. `false`: it was asked for ahead, and not answered.
+    pub async fn gather_blocks<C: Chain>(
+        &mut self,
+        chain: &C,
+        headers: &[Header],
+        calls: impl Fn(&Header) -> Vec<Call>,
+        ahead: bool,
+    ) -> Result<bool, Trouble> {
+        let (mut asked, mut of) = (Vec::new(), Vec::new());
+        for header in headers {
+            let block = calls(header);
+            of.extend(std::iter::repeat_n(*header, block.len()));
+            asked.extend(block);
+        }
+        let Some(answers) = ask(chain, asked, ahead).await? else {
+            return Ok(false);
+        };
+        for (answer, header) in answers.into_iter().zip(of) {
+            let block = BlockRange::new(header.block.number, header.block.number).expect("one block");
+            self.gather(answer.logs(), block, &header)?;
+        }
+        Ok(true)
+    }
+
     /// Asks for the times that the logs do not say.
     pub async fn know_times<C: Chain>(&mut self, chain: &C) -> Result<(), Trouble> {
         let places: Vec<Place> = self.logs.keys().copied().collect();

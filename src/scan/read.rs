@@ -105,7 +105,7 @@ impl<C: Chain> Scanner<C> {
             return;
         }
         let filters = self.filters_with(Span::Block(B256::ZERO), way, &joining);
-        let addresses = filters.iter().map(|filter| filter.addresses.len()).max().unwrap_or(0);
+        let addresses = most_addresses(&filters);
         if let Some(coming) = &mut self.coming {
             coming.ask_logs(filters, How { way, addresses, arrivals, joining });
         }
@@ -355,15 +355,9 @@ impl<C: Chain> Scanner<C> {
             None => {
                 let mut harvest = Harvest::of(headers);
                 let filters = self.filters(Span::Block(B256::ZERO), way);
-                let first = |header: &Header| {
-                    let of_block = |filter: &LogFilter| LogFilter {
-                        span: Span::Block(header.block.hash),
-                        ..filter.clone()
-                    };
-                    filters.iter().map(of_block).map(Call::Logs).collect()
-                };
+                let first = |header: &Header| calls_of_block(&filters, header);
                 self.gather_linked(&mut harvest, headers, first).await?;
-                let addresses = filters.iter().map(|filter| filter.addresses.len()).max().unwrap_or(0);
+                let addresses = most_addresses(&filters);
                 (harvest, addresses, Vec::new())
             }
         };
@@ -389,17 +383,7 @@ impl<C: Chain> Scanner<C> {
         headers: &[Header],
         calls: impl Fn(&Header) -> Vec<Call>,
     ) -> Result<(), Trouble> {
-        let (mut asked, mut of) = (Vec::new(), Vec::new());
-        for header in headers {
-            let block = calls(header);
-            of.extend(std::iter::repeat_n(*header, block.len()));
-            asked.extend(block);
-        }
-        for (answer, header) in self.ask(asked).await?.into_iter().zip(of) {
-            let block = BlockRange::new(header.block.number, header.block.number).expect("one block");
-            harvest.gather(answer.logs(), block, &header)?;
-        }
-        Ok(())
+        harvest.gather_blocks(&*self.chain, headers, calls, false).await.map(drop)
     }
 
     /// Turns the harvest into stretches and commits them. `blocks`: those to remember, the last one the new cursor. Returns
@@ -448,6 +432,17 @@ impl<C: Chain> Scanner<C> {
         say_found(&stretch.announced, &stretch.quarantined);
         Ok(())
     }
+}
+
+/// The calls for a block's logs with these filters, of whatever blocks they are.
+pub(super) fn calls_of_block(filters: &[LogFilter], header: &Header) -> Vec<Call> {
+    let span = Span::Block(header.block.hash);
+    filters.iter().map(|filter| Call::Logs(LogFilter { span, ..filter.clone() })).collect()
+}
+
+/// Addresses in the largest filter.
+pub(super) fn most_addresses(filters: &[LogFilter]) -> usize {
+    filters.iter().map(|filter| filter.addresses.len()).max().unwrap_or(0)
 }
 
 /// Cuts a stretch between blocks, so that no commit holds too much. What was announced, or does not decode, goes with its

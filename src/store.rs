@@ -26,6 +26,7 @@ mod prune;
 mod registry;
 mod runs;
 mod schema;
+mod standing;
 mod status;
 #[cfg(test)]
 pub(crate) mod tests;
@@ -37,7 +38,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, RwLock, RwLockReadGuard};
 
 use alloy::primitives::Address;
-use foldhash::HashMap;
+use alloy::primitives::map::AddressMap;
 use redb::{Database, ReadableDatabase, ReadableTable, StorageBackend, WriteTransaction};
 use thiserror::Error;
 use tokio::sync::watch;
@@ -64,9 +65,10 @@ use lanes::{Lanes, Recent};
 use opening::{begin_life, builder, compare, create, migrate, open_error, read_life};
 use runs::{acknowledge, add_run, cut_runs};
 use schema::{
-    ACKNOWLEDGED, BLOCKS, DIGESTS, EVENT_LOG, MARKS, META, PROGRESS, Progress, QUARANTINE, REGISTRY,
-    Remembered, UNAUDITED, WATERMARK, decode, encode,
+    ACKNOWLEDGED, BLOCKS, EVENT_LOG, MARKS, META, PROGRESS, Progress, QUARANTINE, REGISTRY, Remembered,
+    STANDING, UNAUDITED, WATERMARK, decode, encode,
 };
+use standing::Standing;
 
 /// What can go wrong with the store.
 #[derive(Debug, Error)]
@@ -356,7 +358,7 @@ impl Store {
 
     /// The escrows.
     pub fn registry(&self) -> RwLockReadGuard<'_, Registry> {
-        self.registry.read().expect("a registry writer panicked")
+        read(&self.registry)
     }
 
     /// How many entries there ever were.
@@ -418,19 +420,21 @@ impl Store {
             }
             let mut log = transaction.open_table(EVENT_LOG)?;
             let mut log = log::Appender::new(&mut log, progress.next_position);
-            let mut digests = transaction.open_table(DIGESTS)?;
+            let mut standing = transaction.open_table(STANDING)?;
+            let mut standing = Standing::of(&mut standing);
             let mut blocks = transaction.open_table(BLOCKS)?;
             let mut events = stretch.events.iter().peekable();
             for block in &stretch.blocks {
                 while let Some(event) = events.next_if(|event| event.block.number <= block.number) {
                     log.append(&lanes.event(event, false)?)?;
-                    digests.insert((event.block.number, event.log_index), event.digest)?;
+                    standing.put((event.block.number, event.log_index), event.digest)?;
                 }
                 let remembered = Remembered { hash: block.hash, log_end: log.next_position() };
                 blocks.insert(block.number, encode(&remembered)?.as_slice())?;
             }
             assert!(events.next().is_none(), "an event beyond the cursor");
             progress.next_position = log.finish()?;
+            standing.finish()?;
             quarantine(&transaction, &stretch.quarantined)?;
             if let Some(from) = stretch.unfinal_from {
                 add_run(&mut transaction.open_table(UNAUDITED)?, from, cursor.number + 1)?;
@@ -499,9 +503,10 @@ impl Store {
             }
             let mut dropped = Vec::new();
             let mut appended = log::Appender::new(&mut log, progress.next_position);
-            let mut digests = transaction.open_table(DIGESTS)?;
+            let mut standing = transaction.open_table(STANDING)?;
+            let mut standing = Standing::of(&mut standing);
             for (position, entry, fate) in doomed {
-                digests.remove((entry.block_number, entry.log_index))?;
+                standing.remove((entry.block_number, entry.log_index))?;
                 if entry.announces && lanes.withdraw(entry.escrow, entry.block_hash)? {
                     withdrawal.escrows += 1;
                 }
@@ -518,6 +523,7 @@ impl Store {
                 }
             }
             progress.next_position = appended.finish()?;
+            standing.finish()?;
             log::remove(&mut log, &mut dropped)?;
             withdrawal.dropped = dropped.len();
             acknowledge(&transaction, &mut dropped)?;
@@ -537,7 +543,7 @@ impl Store {
     }
 
     /// Follows a commit in memory. `gone`: entries that no longer wait.
-    fn moved(&self, progress: Progress, changed: HashMap<Address, Option<Escrow>>, gone: u64) {
+    fn moved(&self, progress: Progress, changed: AddressMap<Option<Escrow>>, gone: u64) {
         lock(&self.recent).follow(&changed);
         let mut registry = self.registry.write().expect("a registry writer panicked");
         for (address, escrow) in changed {
@@ -615,6 +621,10 @@ fn unbroken<T>(path: &Path, open: impl FnOnce() -> Result<T, StoreError>) -> Res
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().expect("a store operation panicked")
+}
+
+fn read<T>(lock: &RwLock<T>) -> RwLockReadGuard<'_, T> {
+    lock.read().expect("a registry writer panicked")
 }
 
 fn write_progress(transaction: &WriteTransaction, progress: &Progress) -> Result<(), StoreError> {

@@ -3,16 +3,18 @@
 
 mod common;
 
+use std::collections::BTreeMap;
+
 use common::relay::faults::{Fault, Faults};
 use common::{Finished, Line, Setup, World};
-use redb::{Database, TableDefinition};
+use redb::{Database, ReadableTable, TableDefinition};
 use serde_json::{Value, json};
 
 /// Anvil calls a block final that is so far below the head.
 const FINAL: u64 = 64;
-/// The store's table of what stands: block and log index.
-const DIGESTS: TableDefinition<(u64, u64), u64> = TableDefinition::new("digests");
-type Digests<'a> = redb::Table<'a, (u64, u64), u64>;
+/// The store's table of what stands: of each block the events, log index and digest.
+const STANDING: TableDefinition<u64, &[u8]> = TableDefinition::new("standing");
+type Said = BTreeMap<u64, u64>;
 
 /// Some lives, read in part by range, in part by hash; the audit is off. And the last block.
 async fn relayed() -> (World, u64) {
@@ -147,15 +149,25 @@ async fn a_row_taken_out_of_the_ledger_or_put_into_it_is_found() {
     let truth = world.truth().await;
     let line = truth.escrows.values().flatten().min_by_key(|line| place_of(line)).expect("an event");
     let place = place_of(line);
-    let change = |change: &dyn Fn(&mut Digests<'_>)| {
+    let change = |change: &dyn Fn(&mut Said)| {
         let db = Database::open(world.setup.path("relayer.redb")).expect("a store");
         let transaction = db.begin_write().expect("it can be written");
-        change(&mut transaction.open_table(DIGESTS).expect("it is there"));
+        {
+            let mut table = transaction.open_table(STANDING).expect("it is there");
+            let row = table.get(place.0).expect("it is read").expect("a row").value().to_vec();
+            let number = |bytes: &[u8]| u64::from_le_bytes(bytes.try_into().expect("eight bytes"));
+            let events = row[1..].chunks_exact(16);
+            let mut said: Said = events.map(|event| (number(&event[..8]), number(&event[8..]))).collect();
+            change(&mut said);
+            let events = said.into_iter().flat_map(|(index, digest)| [index, digest]);
+            let row: Vec<u8> = row[..1].iter().copied().chain(events.flat_map(u64::to_le_bytes)).collect();
+            table.insert(place.0, row.as_slice()).expect("it is put there");
+        }
         transaction.commit().expect("it is written");
     };
-    change(&|table| {
-        table.remove(place).expect("it is removed").expect("it was there");
-        table.insert((place.0, 99), 5).expect("it is put there");
+    change(&|said| {
+        said.remove(&place.1).expect("it was there");
+        said.insert(99, 5);
     });
     let finished = verify(&world.setup, 0, last).await.failed_with(1, &["2 differ"]);
     let found = findings(&finished);
@@ -167,9 +179,9 @@ async fn a_row_taken_out_of_the_ledger_or_put_into_it_is_found() {
     assert_eq!(found[0]["event_id"], line.event_id());
     assert_eq!(found[0]["final"], true);
     // It says something else than the chain.
-    change(&|table| {
-        table.remove((place.0, 99)).expect("it is removed");
-        table.insert(place, 5).expect("it is changed");
+    change(&|said| {
+        said.remove(&99);
+        said.insert(place.1, 5);
     });
     let finished = verify(&world.setup, place.0, place.0).await.failed_with(1, &["1 differ"]);
     assert_eq!(findings(&finished)[0]["difference"], "differs");

@@ -7,8 +7,8 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Instant;
 
+use alloy::primitives::map::AddressSet;
 use alloy::primitives::{Address, B256};
-use foldhash::{HashSet, HashSetExt};
 use futures_util::future::select_all;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -64,7 +64,7 @@ struct Slot {
     /// Announced in it and not registered then, once that is known.
     fresh: Option<Vec<(Address, BlockRef)>>,
     /// Asked for afterwards.
-    followed: HashSet<Address>,
+    followed: AddressSet,
 }
 
 /// What was told of a range, and its logs.
@@ -124,8 +124,8 @@ impl Ahead {
     }
 
     /// Escrows announced in what is not handed out, and not registered when it came; `None` while it is not known of all.
-    pub fn announced(&self) -> Option<HashSet<Address>> {
-        let mut all = HashSet::new();
+    pub fn announced(&self) -> Option<AddressSet> {
+        let mut all = AddressSet::default();
         for slot in &self.slots {
             all.extend(slot.fresh.as_ref()?.iter().map(|(escrow, _)| *escrow));
         }
@@ -162,7 +162,7 @@ impl Ahead {
         let logs = filters.into_iter().map(Call::Logs).collect();
         let ask = Ask { range, linked, ahead: !self.slots.is_empty(), told: None, logs };
         let state = asking(Arc::clone(chain), decoder.clone(), ask, Harvest::default(), way);
-        let (started, followed) = (Instant::now(), HashSet::new());
+        let (started, followed) = (Instant::now(), AddressSet::default());
         let asking = way;
         self.slots.push_back(Slot {
             range,
@@ -283,7 +283,7 @@ fn news(
     let arrived = registry.arrived_after(slot.arrivals).iter();
     let since_then = arrived.chain(earlier).map(|escrow| (*escrow, start));
     let news = since_then.chain(fresh.iter().map(|(escrow, block)| (*escrow, block.number)));
-    let mut seen = HashSet::new();
+    let mut seen = AddressSet::default();
     let news: Vec<(Address, u64)> =
         news.filter(|(escrow, _)| !slot.followed.contains(escrow) && seen.insert(*escrow)).collect();
     let from = news.iter().map(|(_, block)| *block).min()?;
@@ -315,7 +315,7 @@ impl Slot {
             range,
             state: State::There(Box::new((ends, harvest))),
             fresh: None,
-            followed: HashSet::new(),
+            followed: AddressSet::default(),
             ..self
         };
         parts.into_iter().map(slot).collect()

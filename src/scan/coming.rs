@@ -9,7 +9,7 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::Duration;
 
-use alloy::primitives::Address;
+use alloy::primitives::map::AddressSet;
 use foldhash::HashSet;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
@@ -46,7 +46,7 @@ pub(super) struct How {
     /// Escrows that had come to be watched before the filters were made.
     pub arrivals: u64,
     /// Those in them that were not watched yet.
-    pub joining: HashSet<Address>,
+    pub joining: AddressSet,
 }
 
 /// What came of it.

@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::sync::Arc;
 
+use alloy::primitives::map::{AddressMap, AddressSet};
 use alloy::primitives::{Address, B256};
-use foldhash::{HashMap, HashSet, HashSetExt};
+use foldhash::HashMap;
 
 use super::{Answer, BlockTag, Call, Chain, Trouble};
 use crate::event::{BlockRange, BlockRef, Event, Header, Log, Recognised, Role, Signatures};
@@ -150,7 +151,7 @@ impl Harvest {
     /// which they are: they may turn out to be ours.
     fn take_ours(&mut self, decoder: &Decoder) -> Vec<Place> {
         let registry = decoder.store.registry();
-        let announced: HashSet<Address> = self.announced.values().map(|(escrow, _)| *escrow).collect();
+        let announced: AddressSet = self.announced.values().map(|(escrow, _)| *escrow).collect();
         let is_ours = |place: &Place| {
             let address = &self.logs[place].address;
             *address == decoder.factory || registry.contains(address) || announced.contains(address)
@@ -251,7 +252,7 @@ impl Harvest {
 
     /// Escrows announced here that are not registered, with the block that announced each first.
     pub fn unregistered(&self, registry: &Registry) -> Vec<(Address, BlockRef)> {
-        let mut seen = HashSet::new();
+        let mut seen = AddressSet::default();
         let is_new = |escrow: &Address| !registry.contains(escrow) && !registry.is_joining(escrow);
         let announced = self.announced.values().copied();
         announced.filter(|(escrow, _)| is_new(escrow) && seen.insert(*escrow)).collect()
@@ -261,7 +262,7 @@ impl Harvest {
     /// are of others.
     pub fn stretch(mut self, decoder: &Decoder) -> (Stretch, usize) {
         let registry = decoder.store.registry();
-        let fresh: HashMap<Address, BlockRef> = self.unregistered(&registry).into_iter().collect();
+        let fresh: AddressMap<BlockRef> = self.unregistered(&registry).into_iter().collect();
         let mut stretch = Stretch::default();
         let mut others = 0;
         for (place, log) in &self.logs {

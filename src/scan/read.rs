@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use alloy::primitives::map::AddressSet;
 use alloy::primitives::{Address, B256};
-use foldhash::{HashSet, HashSetExt};
 use tracing::{info, warn};
 
 use super::ahead::{Fetched, Following, RANGES};
@@ -87,7 +87,7 @@ impl<C: Chain> Scanner<C> {
     }
 
     /// `joining`: who will be watched by then.
-    fn ask_coming_logs(&mut self, mut joining: HashSet<Address>) {
+    fn ask_coming_logs(&mut self, mut joining: AddressSet) {
         let Some(blocks) = self.coming.as_ref().map(|coming| coming.range.blocks()) else {
             return;
         };
@@ -203,11 +203,11 @@ impl<C: Chain> Scanner<C> {
 
     /// What to ask about a span: the factory and everyone who is watched.
     fn filters(&mut self, span: Span, way: Way) -> Vec<LogFilter> {
-        self.filters_with(span, way, &HashSet::new())
+        self.filters_with(span, way, &AddressSet::default())
     }
 
     /// The same with those who are about to be.
-    fn filters_with(&mut self, span: Span, way: Way, joining: &HashSet<Address>) -> Vec<LogFilter> {
+    fn filters_with(&mut self, span: Span, way: Way, joining: &AddressSet) -> Vec<LogFilter> {
         let topics = || Arc::clone(&self.topics);
         if way == Way::Everyone {
             return vec![LogFilter { span, addresses: Addresses::any(), topics: topics() }];

@@ -11,9 +11,10 @@ use super::lanes::Lanes;
 use super::late::{LateStretch, append, load, put_late};
 use super::runs::take_run;
 use super::schema::{
-    BLOCKS, COUNTS_FROM, DIGESTS, DIGESTS_FROM, EVENT_LOG, EscrowState, Kind, LATE_READS, LateRead, MARKS,
-    QUARANTINE, REGISTRY, Remembered, UNAUDITED, decode,
+    BLOCKS, COUNTS_FROM, DIGESTS_FROM, EVENT_LOG, EscrowState, Kind, LATE_READS, LateRead, MARKS, QUARANTINE,
+    REGISTRY, Remembered, STANDING, UNAUDITED, decode,
 };
+use super::standing::standing_in;
 use super::{Escrow, Store, StoreError, lock, log, write_progress};
 use crate::event::{BlockRange, BlockRef};
 
@@ -87,11 +88,8 @@ impl Store {
         malformed: Vec<Place>,
     ) -> Result<Comparison, StoreError> {
         let read = self.db.begin_read()?;
-        let mut standing: BTreeMap<Place, u64> = BTreeMap::new();
-        for row in read.open_table(DIGESTS)?.range((blocks.from(), 0)..=(blocks.to(), u64::MAX))? {
-            let (key, digest) = row?;
-            standing.insert(key.value(), digest.value());
-        }
+        let standing = standing_in(&read.open_table(STANDING)?, blocks)?;
+        let mut standing: BTreeMap<Place, u64> = standing.into_iter().collect();
         let mut comparison = Comparison::default();
         let is_there =
             |(key, digest): &&Seen| standing.get(key).is_some_and(|stands| *stands == 0 || stands == digest);

@@ -16,8 +16,7 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 
-use alloy::primitives::Address;
-use foldhash::{HashMap, HashMapExt};
+use alloy::primitives::map::AddressMap;
 use redb::{ReadTransaction, ReadableDatabase};
 
 use super::runs::run_end;
@@ -227,7 +226,7 @@ impl Group {
         at_most: usize,
     ) -> Result<Self, StoreError> {
         let acknowledged = read.open_table(ACKNOWLEDGED)?;
-        let mut first: HashMap<Address, u64> = HashMap::new();
+        let mut first: AddressMap<u64> = AddressMap::default();
         let (mut entries, mut bytes, mut end) = (Vec::new(), 0, positions.end);
         for entry in log::entries(&read.open_table(EVENT_LOG)?, positions.clone())? {
             let (position, entry) = entry?;

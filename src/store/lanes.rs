@@ -1,27 +1,27 @@
 //! Numbering: the escrows one transaction touches, and the entries of their lanes.
 
-use std::sync::MutexGuard;
+use std::sync::{MutexGuard, RwLock};
 
+use alloy::primitives::map::AddressMap;
 use alloy::primitives::{Address, B256};
-use foldhash::{HashMap, HashMapExt};
 use redb::{ReadableTable, Table, WriteTransaction};
 
 use super::opening::now_micros;
 use super::schema::{Entry, Escrow, EscrowState, Kind, NewEntry, REGISTRY};
-use super::{Store, StoreError, lock};
+use super::{Registry, Store, StoreError, lock, read};
 use crate::event::{BlockRef, Event, Retraction, event_id};
 
 /// Rows of the registry that were written lately, as they stand: an escrow's events come together, and to read a row again
 /// costs as much as to write it.
 #[derive(Debug, Default)]
-pub(super) struct Recent(HashMap<Address, Escrow>);
+pub(super) struct Recent(AddressMap<Escrow>);
 
 /// How many of them, at most.
 const RECENT: usize = 16_384;
 
 impl Recent {
     /// Follows a commit.
-    pub fn follow(&mut self, changed: &HashMap<Address, Option<Escrow>>) {
+    pub fn follow(&mut self, changed: &AddressMap<Option<Escrow>>) {
         if self.0.len() + changed.len() > RECENT {
             self.0.clear();
         }
@@ -39,7 +39,9 @@ impl Recent {
 pub(super) struct Lanes<'txn> {
     table: Table<'txn, &'static [u8; 20], &'static [u8]>,
     recent: MutexGuard<'txn, Recent>,
-    touched: HashMap<Address, Option<Escrow>>,
+    /// As it was before the transaction. Locked for each look only: others wait for it, too.
+    registry: &'txn RwLock<Registry>,
+    touched: AddressMap<Option<Escrow>>,
     /// The message of the last event.
     body: Vec<u8>,
     epoch: u64,
@@ -50,7 +52,8 @@ impl<'txn> Lanes<'txn> {
     pub fn open(store: &'txn Store, transaction: &'txn WriteTransaction) -> Result<Self, StoreError> {
         let (table, recent) = (transaction.open_table(REGISTRY)?, lock(&store.recent));
         let (epoch, now) = (store.epoch, now_micros() / 1_000_000);
-        Ok(Self { table, recent, touched: HashMap::new(), body: Vec::new(), epoch, now })
+        let registry = &store.registry;
+        Ok(Self { table, recent, registry, touched: AddressMap::default(), body: Vec::new(), epoch, now })
     }
 
     fn touch(&mut self, address: Address) -> Result<&mut Option<Escrow>, StoreError> {
@@ -60,6 +63,9 @@ impl<'txn> Lanes<'txn> {
             Entry::Vacant(vacant) => {
                 if let Some(escrow) = self.recent.0.get(&address) {
                     return Ok(vacant.insert(Some(escrow.clone())));
+                }
+                if !read(self.registry).has_row(&address) {
+                    return Ok(vacant.insert(None));
                 }
                 let row = self.table.get(&*address.0)?;
                 let escrow = row.map(|row| Escrow::decode(row.value())).transpose()?;
@@ -243,7 +249,7 @@ impl<'txn> Lanes<'txn> {
     }
 
     /// Writes the rows back. An escrow withdrawn before anything of it could be published leaves no trace.
-    pub fn close(mut self) -> Result<HashMap<Address, Option<Escrow>>, StoreError> {
+    pub fn close(mut self) -> Result<AddressMap<Option<Escrow>>, StoreError> {
         // In the table's own order.
         let mut rows: Vec<(&Address, &mut Option<Escrow>)> = self.touched.iter_mut().collect();
         rows.sort_unstable_by_key(|(address, _)| **address);

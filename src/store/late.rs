@@ -11,9 +11,10 @@ use redb::{Database, ReadableDatabase, ReadableTable, ReadableTableMetadata, Tab
 
 use super::lanes::Lanes;
 use super::schema::{
-    COUNTS_FROM, DIGESTS, EVENT_LOG, Escrow, IDENTITY, Identity, LATE_READS, LateRead, Life, MARKS, META,
-    Progress, QUARANTINE, Quarantined, REGISTRY, decode, encode,
+    COUNTS_FROM, EVENT_LOG, Escrow, IDENTITY, Identity, LATE_READS, LateRead, Life, MARKS, META, Progress,
+    QUARANTINE, Quarantined, REGISTRY, STANDING, decode, encode,
 };
+use super::standing::{Standing, digest_at};
 use super::{Store, StoreError, lock, log, quarantine, write_progress};
 use crate::event::{BlockRef, Event};
 
@@ -103,17 +104,19 @@ pub(super) fn put_late(
     }
     let mut log = transaction.open_table(EVENT_LOG)?;
     let mut log = log::Appender::new(&mut log, progress.next_position);
-    let mut digests = transaction.open_table(DIGESTS)?;
+    let mut standing = transaction.open_table(STANDING)?;
+    let mut standing = Standing::of(&mut standing);
     let before = progress.next_position;
     for event in &stretch.events {
         let key = (event.block.number, event.log_index);
-        if digests.get(key)?.is_some() {
+        if standing.has(key)? {
             continue;
         }
-        digests.insert(key, event.digest)?;
+        standing.put(key, event.digest)?;
         log.append(&lanes.event(event, true)?)?;
     }
     progress.next_position = log.finish()?;
+    standing.finish()?;
     let mut odd = transaction.open_table(QUARANTINE)?;
     if !odd.is_empty()? {
         // What decodes by now is odd no more.
@@ -176,10 +179,10 @@ impl Store {
     pub fn is_of_another_fork(&self, stretch: &LateStretch) -> Result<bool, StoreError> {
         let finalized = lock(&self.progress).finalized;
         let read = self.db.begin_read()?;
-        let digests = read.open_table(DIGESTS)?;
+        let standing = read.open_table(STANDING)?;
         for event in stretch.events.iter().filter(|event| Some(event.block.number) > finalized) {
-            let accepted = digests.get((event.block.number, event.log_index))?;
-            if accepted.is_some_and(|digest| digest.value() != event.digest) {
+            let accepted = digest_at(&standing, (event.block.number, event.log_index))?;
+            if accepted.is_some_and(|digest| digest != event.digest) {
                 return Ok(true);
             }
         }

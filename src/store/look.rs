@@ -9,8 +9,10 @@ use redb::{ReadableDatabase, ReadableTable};
 
 use super::audit::Place;
 use super::schema::{
-    ACKNOWLEDGED, DIGESTS, EVENT_LOG, MARKS, PRUNED_BLOCK, QUARANTINE, REGISTRY, UNAUDITED, WATERMARK, decode,
+    ACKNOWLEDGED, EVENT_LOG, MARKS, PRUNED_BLOCK, QUARANTINE, REGISTRY, STANDING, UNAUDITED, WATERMARK,
+    decode,
 };
+use super::standing::{digest_at, standing_in};
 use super::{Claimed, Escrow, Kind, Quarantined, Store, StoreError, log};
 use crate::event::BlockRange;
 
@@ -138,9 +140,9 @@ impl Store {
         let Some(blocks) = blocks.tail(pruned.map_or(0, |block| block + 1)) else {
             return Ok(Vec::new());
         };
-        let (log, digests) = (read.open_table(EVENT_LOG)?, read.open_table(DIGESTS)?);
-        let standing = || digests.range((blocks.from(), 0)..=(blocks.to(), u64::MAX));
-        let mut balance = standing()?.count() as i64;
+        let log = read.open_table(EVENT_LOG)?;
+        let standing = standing_in(&read.open_table(STANDING)?, blocks)?;
+        let mut balance = standing.len() as i64;
         let each = |look: &mut dyn FnMut(Place, Kind)| -> Result<(), StoreError> {
             for found in log::entries(&log, 0..u64::MAX)? {
                 let (_, entry) = found?;
@@ -162,23 +164,16 @@ impl Store {
             Kind::Event => drop(kept.insert(place)),
             Kind::Retraction { .. } => drop(kept.remove(&place)),
         })?;
-        let mut unkept = Vec::new();
-        for row in standing()? {
-            let place = row?.0.value();
-            if !kept.contains(&place) {
-                unkept.push(place);
-            }
-        }
-        Ok(unkept)
+        Ok(standing.into_iter().map(|(place, _)| place).filter(|place| !kept.contains(place)).collect())
     }
 
     /// The places among these where an event stands, its message kept or not.
     pub fn standing_among(&self, places: &[Place]) -> Result<BTreeSet<Place>, StoreError> {
         let read = self.db.begin_read()?;
-        let digests = read.open_table(DIGESTS)?;
+        let table = read.open_table(STANDING)?;
         let mut standing = BTreeSet::new();
         for place in places {
-            if digests.get(place)?.is_some() {
+            if digest_at(&table, *place)?.is_some() {
                 standing.insert(*place);
             }
         }

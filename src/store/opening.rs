@@ -6,14 +6,16 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use redb::{
-    Database, DatabaseError, ReadTransaction, ReadableDatabase, ReadableTable, StorageError, WriteTransaction,
+    Database, DatabaseError, ReadTransaction, ReadableDatabase, ReadableTable, StorageError, TableDefinition,
+    WriteTransaction,
 };
 
 use super::schema::{
-    ACKNOWLEDGED, BLOCKED, BLOCKS, DIGESTS, DIGESTS_FROM, EVENT_LOG, IDENTITY, Identity, Kind, LATE_READS,
-    Life, MARKS, META, PROGRESS, PRUNED_BLOCK, Progress, QUARANTINE, REGISTRY, SCHEMA, UNAUDITED, WATERMARK,
-    decode, encode,
+    ACKNOWLEDGED, BLOCKED, BLOCKS, DIGESTS_FROM, EVENT_LOG, IDENTITY, Identity, Kind, LATE_READS, Life,
+    MARKS, META, PROGRESS, PRUNED_BLOCK, Progress, QUARANTINE, REGISTRY, SCHEMA, STANDING, UNAUDITED,
+    WATERMARK, decode, encode,
 };
+use super::standing::Standing;
 use super::{StoreError, log, write_progress};
 
 /// Memory redb may use for pages, in bytes; its own default is 1 GiB.
@@ -140,7 +142,7 @@ pub(super) fn begin_life(
         transaction.open_table(ACKNOWLEDGED)?;
         transaction.open_table(QUARANTINE)?;
         transaction.open_table(LATE_READS)?;
-        transaction.open_table(DIGESTS)?;
+        transaction.open_table(STANDING)?;
         transaction.open_table(UNAUDITED)?;
         transaction.open_table(BLOCKED)?;
         write_progress(&transaction, &progress)?;
@@ -152,6 +154,9 @@ pub(super) fn begin_life(
 pub(super) fn now_micros() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_micros() as u64)
 }
+
+/// (block, log index) → digest, in layouts 3 and 4.
+pub(super) const DIGESTS: TableDefinition<(u64, u64), u64> = TableDefinition::new("digests");
 
 /// Brings a file of an older layout to this one.
 pub(super) fn migrate(db: &Database, life: &mut Life) -> Result<(), StoreError> {
@@ -171,7 +176,9 @@ pub(super) fn migrate(db: &Database, life: &mut Life) -> Result<(), StoreError> 
     transaction.open_table(BLOCKED)?;
     match life.schema {
         ..3 => digest_log(&transaction)?,
-        _ => forget_digests(&transaction)?,
+        // Layout 3 made them otherwise: that the events stand is all that is known of them.
+        3 => pack_digests(&transaction, |_| 0)?,
+        4.. => pack_digests(&transaction, |digest| digest)?,
     }
     life.schema = SCHEMA;
     transaction.open_table(META)?.insert(IDENTITY, encode(life)?.as_slice())?;
@@ -179,29 +186,36 @@ pub(super) fn migrate(db: &Database, life: &mut Life) -> Result<(), StoreError> 
     Ok(())
 }
 
-/// Layout 3 made them otherwise: that the events stand is all that is known of them.
-fn forget_digests(transaction: &WriteTransaction) -> Result<(), StoreError> {
-    let mut digests = transaction.open_table(DIGESTS)?;
-    let standing: Vec<(u64, u64)> =
-        digests.iter()?.map(|row| row.map(|(key, _)| key.value())).collect::<Result<_, _>>()?;
-    for key in standing {
-        digests.insert(key, 0)?;
+/// Puts the digests, a row for each until layout 4, into rows for each block.
+fn pack_digests(transaction: &WriteTransaction, kept: impl Fn(u64) -> u64) -> Result<(), StoreError> {
+    {
+        let single = transaction.open_table(DIGESTS)?;
+        let mut table = transaction.open_table(STANDING)?;
+        let mut standing = Standing::of(&mut table);
+        for row in single.iter()? {
+            let (place, digest) = row?;
+            standing.put(place.value(), kept(digest.value()))?;
+        }
+        standing.finish()?;
     }
+    transaction.delete_table(DIGESTS)?;
     Ok(())
 }
 
 /// Notes which events of the log stand: what they say was not kept.
 fn digest_log(transaction: &WriteTransaction) -> Result<(), StoreError> {
-    let mut digests = transaction.open_table(DIGESTS)?;
+    let mut table = transaction.open_table(STANDING)?;
+    let mut standing = Standing::of(&mut table);
     let log = transaction.open_table(EVENT_LOG)?;
     for entry in log::entries(&log, 0..u64::MAX)? {
         let (_, entry) = entry?;
         let key = (entry.block_number, entry.log_index);
         match entry.kind {
-            Kind::Event => digests.insert(key, 0)?,
-            Kind::Retraction { .. } => digests.remove(key)?,
-        };
+            Kind::Event => standing.put(key, 0)?,
+            Kind::Retraction { .. } => standing.remove(key)?,
+        }
     }
+    standing.finish()?;
     let mut marks = transaction.open_table(MARKS)?;
     let pruned = marks.get(PRUNED_BLOCK)?.map(|mark| mark.value());
     marks.insert(DIGESTS_FROM, pruned.map_or(0, |block| block + 1))?;

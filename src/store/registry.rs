@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use alloy::primitives::Address;
-use foldhash::{HashMap, HashSet};
+use alloy::primitives::map::{AddressMap, AddressSet};
 use redb::ReadableTable;
 use serde::{Deserialize, Serialize};
 
@@ -31,16 +31,16 @@ pub struct Census {
 #[derive(Debug, Default)]
 pub struct Registry {
     /// Place of each that is watched: which of `chunks`, and where in it.
-    places: HashMap<Address, u32>,
+    places: AddressMap<u32>,
     /// All are full but the last.
     chunks: Vec<Addresses>,
     /// Watched since the store was opened, in the order in which they came, after the first `forgotten`.
     arrived: Vec<Address>,
     forgotten: u64,
     /// Long at their end: nobody asks for them, but what they emit counts.
-    archived: HashSet<Address>,
+    archived: AddressSet,
     /// Their announcement left the chain: few, and kept to be counted.
-    withdrawn: HashSet<Address>,
+    withdrawn: AddressSet,
     /// Watched ones by the block that ended them; also some that have gone on since.
     ended: BTreeSet<(u64, Address)>,
     /// Escrows that are joining: the late read that reads them, and the first block of theirs that counts.
@@ -132,6 +132,11 @@ impl Registry {
     /// Whether the address is registered and joins no more.
     pub fn contains(&self, address: &Address) -> bool {
         self.places.contains_key(address) || self.archived.contains(address)
+    }
+
+    /// Whether the registry has a row for it, in whatever state.
+    pub(super) fn has_row(&self, address: &Address) -> bool {
+        self.contains(address) || self.is_joining(address) || self.withdrawn.contains(address)
     }
 
     /// Whether a log of this address in this block is an event of a registered escrow.

@@ -22,9 +22,9 @@ pub(super) const ACKNOWLEDGED: TableDefinition<u64, u64> = TableDefinition::new(
 pub(super) const QUARANTINE: TableDefinition<(u64, u64), &[u8]> = TableDefinition::new("quarantine");
 /// Number → [`LateRead`], ascending in the order they were asked for.
 pub(super) const LATE_READS: TableDefinition<u64, &[u8]> = TableDefinition::new("late_reads");
-/// (block, log index) → [`digest`](crate::event::digest) of each event that stands, also when its entry was pruned; 0
-/// where layout 2 had not kept it, or layout 3 had made it otherwise.
-pub(super) const DIGESTS: TableDefinition<(u64, u64), u64> = TableDefinition::new("digests");
+/// Block → log index and [`digest`](crate::event::digest) of each event that stands ([`standing`](super::standing)), also
+/// when its entry was pruned; 0 where layout 2 had not kept it, or layout 3 had made it otherwise.
+pub(super) const STANDING: TableDefinition<u64, &[u8]> = TableDefinition::new("standing");
 /// First block → one past the last, of runs of blocks that were read while they could leave the chain, and not again since.
 pub(super) const UNAUDITED: TableDefinition<u64, u64> = TableDefinition::new("unaudited");
 /// Position → [`Refusal`], of the first message of each blocked lane.
@@ -53,10 +53,11 @@ pub(super) const COUNTS_FROM: &str = "counts from ";
 /// The first block whose events all have digests.
 pub(super) const DIGESTS_FROM: &str = "digests_from";
 
-/// Version of this layout. 1 had no [`LATE_READS`] and no escrow that was [`EscrowState::Joining`]; 2 had no [`DIGESTS`], no
+/// Version of this layout. 1 had no [`LATE_READS`] and no escrow that was [`EscrowState::Joining`]; 2 had no digests, no
 /// [`UNAUDITED`], no escrow that was [`EscrowState::Archived`], and wider rows of escrows, which are still read; 3 had a row in
-/// [`EVENT_LOG`] for each entry, which is still read, too, no [`BLOCKED`], and digests made otherwise.
-pub const SCHEMA: u32 = 4;
+/// [`EVENT_LOG`] for each entry, which is still read, too, no [`BLOCKED`], and digests made otherwise; 4 had a row for each
+/// digest.
+pub const SCHEMA: u32 = 5;
 pub(super) const VALUE_VERSION: u8 = 1;
 const COMPACT_VERSION: u8 = 2;
 /// No value is larger: what a damaged length may make us allocate, in bytes.

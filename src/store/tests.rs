@@ -1,6 +1,7 @@
 mod clock;
 mod crash;
 mod rows;
+mod standing;
 mod status;
 mod stuck;
 mod values;
@@ -12,6 +13,7 @@ use alloy::primitives::B256;
 use proptest::prelude::*;
 use redb::backends::InMemoryBackend;
 
+use super::standing::standing_in;
 use super::*;
 use crate::event::{BlockRange, Log, Recognised, Role, Signatures, event_id};
 
@@ -558,10 +560,22 @@ fn a_fork_takes_late_events_of_lost_blocks_back_and_the_late_read_reads_again_fr
     assert!(store.registry().contains(&escrow(7)));
 }
 
-/// Makes a file that was written by this layout one of an earlier: without these tables.
+fn everywhere() -> BlockRange {
+    BlockRange::new(0, u64::MAX).unwrap()
+}
+
+/// Makes a file that was written by this layout one of an earlier: without these tables, and with a row for each digest.
 fn age(path: &Path, schema: u32, epoch: u64, later: &[&str]) {
     let db = Database::create(path).unwrap();
     let transaction = db.begin_write().unwrap();
+    if schema < 5 {
+        let standing = standing_in(&transaction.open_table(STANDING).unwrap(), everywhere()).unwrap();
+        let mut digests = transaction.open_table(opening::DIGESTS).unwrap();
+        for (place, digest) in standing {
+            digests.insert(place, digest).unwrap();
+        }
+        transaction.delete_table(STANDING).unwrap();
+    }
     for table in transaction.list_tables().unwrap().collect::<Vec<_>>() {
         if later.contains(&redb::TableHandle::name(&table)) {
             transaction.delete_table(table).unwrap();
@@ -596,6 +610,30 @@ fn a_file_of_the_second_layout_is_audited_from_the_first_block_on_that_is_whole(
     let all = BlockRange::new(2, 4).unwrap();
     let comparison = store.compare(all, &[((2, 0), approved.digest)], vec![]).unwrap();
     assert_eq!((comparison.missed, comparison.extra), (vec![], vec![(3, 0)]), "block 4 was withdrawn");
+}
+
+#[test]
+fn a_file_of_the_fourth_layout_keeps_what_each_event_says() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("relayer.redb");
+    let store = Store::open(&path, identity(), Some(1), Added::Read).unwrap();
+    for number in 1..=3u64 {
+        let announced: &[u8] = if number == 1 { &[1, 2] } else { &[] };
+        store.accept(&stretch(block(number, 0), announced, &[1, 2])).unwrap();
+    }
+    let standing = |store: &Store| {
+        let read = store.db.begin_read().unwrap();
+        standing_in(&read.open_table(STANDING).unwrap(), everywhere()).unwrap()
+    };
+    let (epoch, before) = (store.epoch(), standing(&store));
+    assert_eq!(before.len(), 4 + 2 + 2);
+    drop(store);
+    age(&path, 4, epoch, &[]);
+
+    let store = Store::open(&path, identity(), None, Added::Leave).unwrap();
+    assert_eq!(standing(&store), before);
+    assert!(store.db.begin_read().unwrap().open_table(opening::DIGESTS).is_err(), "it is gone");
+    assert_eq!(store.compare(everywhere(), &before, vec![]).unwrap().extra, vec![]);
 }
 
 fn claim_all(store: &Store) {

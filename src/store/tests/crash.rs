@@ -245,10 +245,8 @@ fn rows(store: &Store) -> BTreeMap<String, Vec<String>> {
     let unaudited = read.open_table(schema::UNAUDITED).unwrap();
     let runs = unaudited.iter().unwrap().map(|run| run.map(|(from, to)| (from.value(), to.value())).unwrap());
     put("unaudited", runs.map(|run| format!("{run:?}")).collect());
-    let digests = read.open_table(DIGESTS).unwrap();
-    let rows =
-        digests.iter().unwrap().map(|row| row.map(|(key, digest)| (key.value(), digest.value())).unwrap());
-    put("digests", rows.map(|row| format!("{row:?}")).collect());
+    let standing = standing_in(&read.open_table(STANDING).unwrap(), everywhere()).unwrap();
+    put("standing", standing.iter().map(|row| format!("{row:?}")).collect());
     put("watermark", vec![store.watermark().unwrap().to_string()]);
     put("progress", vec![format!("{:?}", lock(&store.progress))]);
     put("late_reads", vec![format!("{:?}", late::load(&store.db).unwrap())]);
@@ -264,7 +262,7 @@ fn assert_sound(store: &Store) {
     let read = store.db.begin_read().unwrap();
     let log = read.open_table(EVENT_LOG).unwrap();
     let next_position = lock(&store.progress).next_position;
-    let mut last: HashMap<Address, u64> = HashMap::default();
+    let mut last: AddressMap<u64> = AddressMap::default();
     // Of what was pruned only the end is known.
     let whole = log.first().unwrap().is_none_or(|(position, _)| position.value() == 0);
     for entry in log::entries(&log, 0..u64::MAX).unwrap() {
@@ -291,8 +289,8 @@ fn assert_sound(store: &Store) {
                 }
             }
         }
-        let digests = read.open_table(DIGESTS).unwrap();
-        let keys: BTreeSet<(u64, u64)> = digests.iter().unwrap().map(|row| row.unwrap().0.value()).collect();
+        let digests = standing_in(&read.open_table(STANDING).unwrap(), everywhere()).unwrap();
+        let keys: BTreeSet<(u64, u64)> = digests.into_iter().map(|(place, _)| place).collect();
         assert_eq!(keys, standing, "a digest for each event that stands");
     }
     assert!(store.watermark().unwrap() <= next_position);

@@ -69,13 +69,14 @@ pub(super) struct Fields<'a> {
 /// Everything else is known when the log is decoded; the sequence only in the commit that stores it.
 #[derive(Clone, Debug)]
 pub struct Body {
-    bytes: Vec<u8>,
+    bytes: Box<[u8]>,
     gap: usize,
 }
 
 impl Body {
     pub(super) fn new(fields: &Fields<'_>) -> Self {
         let log = fields.log;
+        // As much as most need. What is kept has its own size: there are many of these at once.
         let mut bytes = Vec::with_capacity(2048);
         let to = &mut bytes;
         text(to, "{\"schema_version\":");
@@ -122,7 +123,7 @@ impl Body {
         bytes.push(b'}');
         flatten(&mut bytes, fields, arguments);
         bytes.push(b'}');
-        Self { bytes, gap }
+        Self { bytes: bytes.as_slice().into(), gap }
     }
 
     /// The finished bytes: what is stored, and what is sent.

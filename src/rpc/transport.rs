@@ -112,7 +112,9 @@ async fn http(client: &reqwest::Client, url: &SecretUrl, packet: &RequestPacket)
         http_status: Some(status.as_u16()),
         retry_after,
     };
-    let mut bytes = Vec::new();
+    // Grown step by step a large one would be copied again and again.
+    let said = response.content_length().unwrap_or(0).min(MAX_BODY as u64);
+    let mut bytes = Vec::with_capacity(said as usize);
     while let Some(chunk) = response.chunk().await.map_err(cut_short)? {
         if bytes.len() + chunk.len() > MAX_BODY {
             return Err(failure(true, "response too large".to_owned()));

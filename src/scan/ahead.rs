@@ -9,12 +9,14 @@ use std::time::Instant;
 
 use alloy::primitives::map::AddressSet;
 use alloy::primitives::{Address, B256};
+use futures_util::FutureExt;
 use futures_util::future::select_all;
+use tokio::task::JoinError;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::harvest::{Ask, Decoder, Ends, Harvest, ask_range};
 use super::limits::Way;
-use super::read::{log_calls, most_addresses};
+use super::read::{EVENTS_A_COMMIT, log_calls, most_addresses};
 use super::{CATCH_UP, Call, Chain, LogFilter, Span, Trouble};
 use crate::event::{Addresses, BlockRange, BlockRef, Header};
 
@@ -30,13 +32,43 @@ const CALLS_A_RANGE: u64 = 6;
 pub(super) struct Fetched {
     pub range: BlockRange,
     pub way: Way,
-    /// Addresses in the largest filter.
-    pub addresses: usize,
+    pub answered: Vec<Answered>,
     pub started: Instant,
     /// The hash of the block before it, as its first block has it; not asked for the very first block.
     pub parent: Option<B256>,
     pub end: Header,
-    pub harvest: Harvest,
+    /// In their order.
+    pub harvests: Vec<Harvest>,
+}
+
+/// How much was answered at once.
+pub(super) struct Answered {
+    pub blocks: u64,
+    /// Addresses in the largest filter.
+    pub addresses: usize,
+    pub logs: usize,
+}
+
+impl Fetched {
+    /// Whether what is there of that range can be committed with this.
+    fn goes_on_with(&self, next: &Slot) -> bool {
+        let State::There(there) = &next.state else {
+            return false;
+        };
+        let (Ends { parent, end }, harvest) = &**there;
+        next.way == self.way
+            && end.is_some()
+            && parent.is_none_or(|parent| parent == self.end.block.hash)
+            && self.answered.iter().map(|it| it.logs).sum::<usize>() + harvest.logs.len() <= EVENTS_A_COMMIT
+    }
+
+    /// Adds the range behind it.
+    fn join(&mut self, next: Self) {
+        self.range = BlockRange::new(self.range.from(), next.range.to()).expect("it lies behind");
+        self.answered.extend(next.answered);
+        self.end = next.end;
+        self.harvests.extend(next.harvests);
+    }
 }
 
 pub(super) struct Ahead {
@@ -58,18 +90,19 @@ struct Slot {
     asking: Way,
     addresses: usize,
     started: Instant,
-    /// Escrows watched when it was asked for.
+    /// Escrows that had come to be watched when it was asked for, or looked at last.
     arrivals: u64,
     state: State,
     /// Announced in it and not registered then, once that is known.
     fresh: Option<Vec<(Address, BlockRef)>>,
-    /// Asked for afterwards.
-    followed: AddressSet,
+    /// Whether those announced in it and in the ranges before it were looked at.
+    is_looked_at: bool,
 }
 
 /// What was told of a range, and its logs.
 type There = (Ends, Harvest);
-type Asking = AbortOnDropHandle<Result<Option<Box<There>>, Trouble>>;
+type Asked = Result<Option<Box<There>>, Trouble>;
+type Asking = AbortOnDropHandle<Asked>;
 
 enum State {
     Asking(Asking),
@@ -79,6 +112,17 @@ enum State {
     Unanswered,
     /// Between two of the others.
     Changing,
+}
+
+impl State {
+    fn of(asked: Result<Asked, JoinError>) -> Self {
+        match asked {
+            Ok(Ok(Some(there))) => Self::There(there),
+            Ok(Ok(None)) => Self::Unanswered,
+            Ok(Err(trouble)) => Self::Refused(trouble),
+            Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
+        }
+    }
 }
 
 /// How to ask for what turned up: it may differ from range to range.
@@ -162,8 +206,7 @@ impl Ahead {
         let logs = filters.into_iter().map(Call::Logs).collect();
         let ask = Ask { range, linked, ahead: !self.slots.is_empty(), told: None, logs };
         let state = asking(Arc::clone(chain), decoder.clone(), ask, Harvest::default(), way);
-        let (started, followed) = (Instant::now(), AddressSet::default());
-        let asking = way;
+        let (started, asking) = (Instant::now(), way);
         self.slots.push_back(Slot {
             range,
             way,
@@ -173,12 +216,23 @@ impl Ahead {
             arrivals,
             state,
             fresh: None,
-            followed,
+            is_looked_at: false,
         });
     }
 
-    /// The first range, if it is there.
+    /// The first range, if it is there, and those behind it as far as they are, too: they are committed together. For what
+    /// was [followed up](Self::follow).
     pub fn take_first(&mut self) -> Result<Option<Fetched>, Trouble> {
+        let Some(mut first) = self.take_one()? else {
+            return Ok(None);
+        };
+        while self.slots.front().is_some_and(|next| first.goes_on_with(next)) {
+            first.join(self.take_one()?.expect("it is there"));
+        }
+        Ok(Some(first))
+    }
+
+    fn take_one(&mut self) -> Result<Option<Fetched>, Trouble> {
         let Some(first) = self.slots.front_mut() else {
             return Ok(None);
         };
@@ -187,7 +241,10 @@ impl Ahead {
                 let (Ends { parent, end }, harvest) = *there;
                 let end = end.expect("what was cut is followed up");
                 let Slot { range, way, addresses, started, .. } = self.slots.pop_front().expect("it is");
-                Ok(Some(Fetched { range, way, addresses, started, parent, end, harvest }))
+                let logs = harvest.logs.len();
+                let answered = vec![Answered { blocks: range.blocks(), addresses, logs }];
+                let harvests = vec![harvest];
+                Ok(Some(Fetched { range, way, answered, started, parent, end, harvests }))
             }
             State::Refused(trouble) => Err(trouble.about(first.range.blocks(), first.asking)),
             asking @ (State::Asking(_) | State::Unanswered | State::Changing) => {
@@ -197,19 +254,21 @@ impl Ahead {
         }
     }
 
-    /// Waits until one of those under way is there.
+    /// Waits until one of those under way is there, and takes note of all that are.
     pub async fn wait(&mut self) {
         let under_way = self.slots.iter_mut().enumerate().filter_map(|(place, slot)| match &mut slot.state {
             State::Asking(asking) => Some(Box::pin(async move { (place, asking.await) })),
             State::There(..) | State::Refused(_) | State::Unanswered | State::Changing => None,
         });
         let ((place, asked), ..) = select_all(under_way).await;
-        self.slots[place].state = match asked {
-            Ok(Ok(Some(there))) => State::There(there),
-            Ok(Ok(None)) => State::Unanswered,
-            Ok(Err(trouble)) => State::Refused(trouble),
-            Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
-        };
+        self.slots[place].state = State::of(asked);
+        for slot in &mut self.slots {
+            if let State::Asking(asking) = &mut slot.state
+                && let Some(asked) = asking.now_or_never()
+            {
+                slot.state = State::of(asked);
+            }
+        }
     }
 
     /// What was not answered ahead is asked for when its turn comes, and what lies behind it then, too.
@@ -225,21 +284,23 @@ impl Ahead {
     pub fn follow<C: Chain>(&mut self, chain: &Arc<C>, following: &Following) {
         self.drop_unanswered();
         self.cut_dense(following);
-        let mut earlier: Vec<Address> = Vec::new();
-        for (place, slot) in self.slots.iter_mut().enumerate() {
+        let slots = self.slots.make_contiguous();
+        for place in 0..slots.len() {
             let ahead = place > 0;
+            let (earlier, later) = slots.split_at_mut(place);
+            let slot = &mut later[0];
             if let (State::There(there), None) = (&slot.state, &slot.fresh) {
                 slot.fresh = Some(there.1.unregistered(&following.decoder.store.registry()));
             }
-            let Some(fresh) = &slot.fresh else {
+            if slot.fresh.is_none() {
                 // What it announces is not known yet, so nothing is of those after it.
                 return;
-            };
+            }
             if slot.way == Way::Addresses
                 && let State::There(there) = &slot.state
             {
                 let (start, is_whole) = (slot.range.from(), there.0.end.is_some());
-                match news(following, slot, &earlier, fresh) {
+                match slot.news(following, earlier) {
                     Some((from, addresses)) if is_whole => {
                         slot.follow(chain, following, ahead, from, addresses)
                     }
@@ -248,7 +309,6 @@ impl Ahead {
                     None => slot.follow(chain, following, ahead, start, Vec::new()),
                 }
             }
-            earlier.extend(slot.fresh.iter().flatten().map(|(escrow, _)| *escrow));
         }
     }
 }
@@ -271,26 +331,33 @@ impl Ahead {
     }
 }
 
-/// Escrows whose logs were not asked for, and the first block in which they may have some.
-fn news(
-    following: &Following,
-    slot: &Slot,
-    earlier: &[Address],
-    fresh: &[(Address, BlockRef)],
-) -> Option<(u64, Vec<Address>)> {
-    let registry = following.decoder.store.registry();
-    let start = slot.range.from();
-    let arrived = registry.arrived_after(slot.arrivals).iter();
-    let since_then = arrived.chain(earlier).map(|escrow| (*escrow, start));
-    let news = since_then.chain(fresh.iter().map(|(escrow, block)| (*escrow, block.number)));
-    let mut seen = AddressSet::default();
-    let news: Vec<(Address, u64)> =
-        news.filter(|(escrow, _)| !slot.followed.contains(escrow) && seen.insert(*escrow)).collect();
-    let from = news.iter().map(|(_, block)| *block).min()?;
-    Some((from, news.into_iter().map(|(escrow, _)| escrow).collect()))
-}
-
 impl Slot {
+    /// Escrows whose logs were not asked for, and the first block in which they may have some. What was looked at once is
+    /// not looked at again: of the ranges before it that are committed the escrows have arrived by then.
+    fn news(&mut self, following: &Following, earlier: &[Slot]) -> Option<(u64, Vec<Address>)> {
+        let Self { range, arrivals, state: State::There(there), fresh, is_looked_at, .. } = self else {
+            unreachable!("only what is there is looked at");
+        };
+        let (start, expected) = (range.from(), &mut there.1.expected);
+        let (mut from, mut addresses) = (u64::MAX, Vec::new());
+        let mut look_at = |escrow: Address, block: u64| {
+            if expected.insert(escrow) {
+                from = from.min(block);
+                addresses.push(escrow);
+            }
+        };
+        let registry = following.decoder.store.registry();
+        registry.arrived_after(*arrivals).iter().for_each(|escrow| look_at(*escrow, start));
+        *arrivals = registry.arrivals();
+        drop(registry);
+        if !std::mem::replace(is_looked_at, true) {
+            let before = earlier.iter().flat_map(|slot| slot.fresh.iter().flatten());
+            before.for_each(|(escrow, _)| look_at(*escrow, start));
+            fresh.iter().flatten().for_each(|(escrow, block)| look_at(*escrow, block.number));
+        }
+        (!addresses.is_empty()).then_some((from, addresses))
+    }
+
     /// The same range in parts of about as many logs each. All but the last have yet to be told how they end.
     fn cut(self) -> Vec<Slot> {
         let State::There(there) = self.state else { unreachable!("only what is there is cut") };
@@ -315,7 +382,6 @@ impl Slot {
             range,
             state: State::There(Box::new((ends, harvest))),
             fresh: None,
-            followed: AddressSet::default(),
             ..self
         };
         parts.into_iter().map(slot).collect()
@@ -343,7 +409,6 @@ impl Slot {
             }
             Way::Addresses => log_calls(Span::Range(span), &addresses, following.at_once, &following.topics),
         };
-        self.followed.extend(addresses);
         // A part that was cut off has its own ends.
         let linked = ends.end.is_none() && ends.parent.is_none();
         let ask = Ask { range: span, linked, ahead, told: Some(ends), logs };

@@ -15,7 +15,7 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::harvest::Harvest;
+use super::harvest::{Decoder, Harvest};
 use super::limits::Way;
 use super::read::calls_of_block;
 use super::{Answer, BlockTag, Call, Chain, LogFilter};
@@ -27,9 +27,12 @@ const FRESH: Duration = Duration::from_secs(2);
 /// Blocks that were asked for.
 pub(super) struct Coming {
     pub range: BlockRange,
-    whom: Option<oneshot::Sender<(Vec<LogFilter>, How)>>,
+    whom: Option<oneshot::Sender<Whom>>,
     asking: AbortOnDropHandle<Option<There>>,
 }
+
+/// Whose logs to ask for, who of them is not watched yet, and what makes events of them: who has it has the store.
+type Whom = (Vec<LogFilter>, How, AddressSet, Decoder);
 
 /// What came of it, how long nothing was under way until the logs were asked for, and since when nothing is.
 struct There {
@@ -45,8 +48,6 @@ pub(super) struct How {
     pub addresses: usize,
     /// Escrows that had come to be watched before the filters were made.
     pub arrivals: u64,
-    /// Those in them that were not watched yet.
-    pub joining: AddressSet,
 }
 
 /// What came of it.
@@ -61,18 +62,21 @@ impl Coming {
     /// Asks for the headers of the range, whose logs are wanted later, and of the blocks behind it up to `newest`, but for
     /// those that are `known`.
     pub fn ask<C: Chain>(chain: &Arc<C>, range: BlockRange, newest: u64, known: Vec<Header>) -> Self {
-        let (whom, filters) = oneshot::channel::<(Vec<LogFilter>, How)>();
+        let (whom, filters) = oneshot::channel::<Whom>();
         let chain = Arc::clone(chain);
         let asking = AbortOnDropHandle::new(tokio::spawn(async move {
             let headers = headers(&*chain, range.from()..=newest, known).await?;
             let answered = Instant::now();
-            let Ok((filters, how)) = filters.await else {
+            let Ok((filters, how, joining, decoder)) = filters.await else {
                 let come = Come { headers, logs: None };
                 return Some(There { come, unused: Duration::ZERO, since: answered });
             };
             let unused = answered.elapsed();
             let of_range = &headers[..range.blocks() as usize];
-            let logs = if unused < FRESH { logs(&*chain, of_range, &filters).await } else { None };
+            let logs = match unused < FRESH {
+                true => logs(&*chain, &decoder, of_range, &filters, joining).await,
+                false => None,
+            };
             let come = Come { headers, logs: logs.map(|harvest| (harvest, how)) };
             Some(There { come, unused, since: Instant::now() })
         }));
@@ -84,11 +88,11 @@ impl Coming {
         self.whom.is_some()
     }
 
-    /// Asks for their logs.
-    pub fn ask_logs(&mut self, filters: Vec<LogFilter>, how: How) {
+    /// Asks for their logs. `joining`: those in the filters that are not watched yet.
+    pub fn ask_logs(&mut self, filters: Vec<LogFilter>, how: How, joining: AddressSet, decoder: &Decoder) {
         if let Some(whom) = self.whom.take() {
             // The headers were not answered: then nobody listens.
-            let _ = whom.send((filters, how));
+            let _ = whom.send((filters, how, joining, decoder.clone()));
         }
     }
 
@@ -122,9 +126,19 @@ async fn headers<C: Chain>(
     (is_whole && is_linked).then_some(all)
 }
 
-/// The logs of these blocks; `None` if they were not answered, or contradict themselves.
-async fn logs<C: Chain>(chain: &C, headers: &[Header], filters: &[LogFilter]) -> Option<Harvest> {
+/// The logs of these blocks, decoded as far as can be; `None` if they were not answered, or contradict themselves.
+async fn logs<C: Chain>(
+    chain: &C,
+    decoder: &Decoder,
+    headers: &[Header],
+    filters: &[LogFilter],
+    joining: AddressSet,
+) -> Option<Harvest> {
     let mut harvest = Harvest::of(headers);
+    harvest.expected = joining;
     let calls = |header: &Header| calls_of_block(filters, header);
-    harvest.gather_blocks(chain, headers, calls, true).await.ok()?.then_some(harvest)
+    if !harvest.gather_blocks(chain, headers, calls, true).await.ok()? {
+        return None;
+    }
+    harvest.prepare(chain, decoder, true, |_| false).await.ok()
 }

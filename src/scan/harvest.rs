@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
+use std::thread::available_parallelism;
 
 use alloy::primitives::map::{AddressMap, AddressSet};
 use alloy::primitives::{Address, B256};
@@ -35,6 +36,8 @@ pub(super) struct Harvest {
     pub times: HashMap<u64, u64>,
     /// Which escrow each announcement names.
     pub announced: BTreeMap<Place, (Address, BlockRef)>,
+    /// Escrows that were asked for before anybody watches them.
+    pub expected: AddressSet,
     /// Gathered and not decoded: since the last time, or because it is not of a contract that is ours.
     fresh_logs: Vec<Place>,
     /// Events already encoded.
@@ -126,7 +129,8 @@ impl Harvest {
         self.fresh_logs = earlier;
         let ready = self.ready.extract_if(|(block, _), _| *block >= from).collect();
         let (forks, times) = (self.forks.clone(), self.times.clone());
-        Self { logs, forks, times, announced, fresh_logs: later, ready }
+        let expected = self.expected.clone();
+        Self { logs, forks, times, announced, expected, fresh_logs: later, ready }
     }
 
     /// Reads the announcements among what was gathered, on as many cores as there is work for.
@@ -154,7 +158,10 @@ impl Harvest {
         let announced: AddressSet = self.announced.values().map(|(escrow, _)| *escrow).collect();
         let is_ours = |place: &Place| {
             let address = &self.logs[place].address;
-            *address == decoder.factory || registry.contains(address) || announced.contains(address)
+            *address == decoder.factory
+                || registry.contains(address)
+                || announced.contains(address)
+                || self.expected.contains(address)
         };
         let (mut ours, others): (Vec<Place>, Vec<Place>) =
             std::mem::take(&mut self.fresh_logs).into_iter().partition(is_ours);
@@ -258,12 +265,22 @@ impl Harvest {
         announced.filter(|(escrow, _)| is_new(escrow) && seen.insert(*escrow)).collect()
     }
 
-    /// What these blocks bring: the events of registered escrows and of those announced here. Also, how many of the logs
-    /// are of others.
-    pub fn stretch(mut self, decoder: &Decoder) -> (Stretch, usize) {
+    /// Adds what these blocks bring to a stretch of those before them: the events of registered escrows and of those
+    /// announced here or there, `fresh`. Says how many of the logs are of others.
+    pub fn add_to(
+        mut self,
+        stretch: &mut Stretch,
+        fresh: &mut AddressMap<BlockRef>,
+        decoder: &Decoder,
+    ) -> usize {
         let registry = decoder.store.registry();
-        let fresh: AddressMap<BlockRef> = self.unregistered(&registry).into_iter().collect();
-        let mut stretch = Stretch::default();
+        let (events, announced) = (stretch.events.len(), stretch.announced.len());
+        for (escrow, block) in self.unregistered(&registry) {
+            fresh.entry(escrow).or_insert_with(|| {
+                stretch.announced.push((escrow, block));
+                block
+            });
+        }
         let mut others = 0;
         for (place, log) in &self.logs {
             let registered = registry.counts(&log.address, log.block.number)
@@ -293,16 +310,17 @@ impl Harvest {
                 }
             }
         }
-        stretch.events.sort_by_key(|event| event.order());
-        stretch.announced = fresh.into_iter().collect();
-        stretch.announced.sort_by_key(|(escrow, block)| (block.number, *escrow));
-        (stretch, others)
+        stretch.events[events..].sort_by_key(|event| event.order());
+        stretch.announced[announced..].sort_by_key(|(escrow, block)| (block.number, *escrow));
+        others
     }
 }
 
 /// What becomes of each, in order, where something does.
 fn on_cores<T: Sync, R: Send>(items: &[T], work: impl Fn(&T) -> Option<R> + Sync) -> Vec<R> {
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    // The system reads files to say it.
+    static CORES: LazyLock<usize> = LazyLock::new(|| available_parallelism().map_or(1, usize::from));
+    let cores = *CORES;
     let part = items.len().div_ceil(cores).max(LOGS_A_THREAD);
     if items.len() <= part {
         return items.iter().filter_map(work).collect();

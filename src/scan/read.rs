@@ -4,11 +4,11 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use alloy::primitives::map::AddressSet;
+use alloy::primitives::map::{AddressMap, AddressSet};
 use alloy::primitives::{Address, B256};
 use tracing::{info, warn};
 
-use super::ahead::{Fetched, Following, RANGES};
+use super::ahead::{Answered, Fetched, Following, RANGES};
 use super::coming::{Come, Coming, How};
 use super::harvest::Harvest;
 use super::limits::Way;
@@ -21,7 +21,10 @@ use crate::store::{CHUNK, Quarantined, Stretch, on_disk};
 use crate::telemetry::metrics;
 
 /// Events in one commit, at most, unless a single block has more.
-const EVENTS_A_COMMIT: usize = 10_000;
+pub(super) const EVENTS_A_COMMIT: usize = 10_000;
+
+/// More events than these are worth another thread to be dropped on.
+const DROPPED_ASIDE: usize = 500;
 
 impl<C: Chain> Scanner<C> {
     /// Reads the first part of the pending blocks.
@@ -107,7 +110,7 @@ impl<C: Chain> Scanner<C> {
         let filters = self.filters_with(Span::Block(B256::ZERO), way, &joining);
         let addresses = most_addresses(&filters);
         if let Some(coming) = &mut self.coming {
-            coming.ask_logs(filters, How { way, addresses, arrivals, joining });
+            coming.ask_logs(filters, How { way, addresses, arrivals }, joining, &self.decoder);
         }
     }
 
@@ -182,19 +185,21 @@ impl<C: Chain> Scanner<C> {
     }
 
     async fn accept_range(&mut self, fetched: Fetched) -> Result<(), Trouble> {
-        let Fetched { range, way, addresses, started, end, harvest, parent: _ } = fetched;
+        let Fetched { range, way, answered, started, end, harvests, parent: _ } = fetched;
         let mut marks: BTreeMap<u64, BlockRef> = BTreeMap::new();
         let is_final = self.finalized.is_some_and(|finalized| range.to() <= finalized);
         if !is_final {
             // Where the range may still fork, every block with logs is a place to come back to.
-            marks.extend(harvest.logs.values().map(|log| (log.block.number, log.block)));
+            let logs = harvests.iter().flat_map(|harvest| harvest.logs.values());
+            marks.extend(logs.map(|log| (log.block.number, log.block)));
         }
         marks.insert(end.block.number, end.block);
-        let logs = harvest.logs.len();
-        let others = self.accept(range, harvest, marks.into_values().collect(), started).await?;
+        let others = self.accept(range, harvests, marks.into_values().collect(), started).await?;
         self.recent = self.recent.split_off(&(range.to() + 1));
         self.proven = is_final.then_some(end.block);
-        self.limits.grow(way, range.blocks(), addresses, logs);
+        for Answered { blocks, addresses, logs } in answered {
+            self.limits.grow(way, blocks, addresses, logs);
+        }
         if way == Way::Everyone {
             self.limits.saw_others(range.blocks(), others);
         }
@@ -265,7 +270,7 @@ impl<C: Chain> Scanner<C> {
             Ok(harvested) => harvested,
         };
         let marks = headers.iter().map(|header| header.block).collect();
-        let others = self.accept(range, harvest, marks, started).await?;
+        let others = self.accept(range, vec![harvest], marks, started).await?;
         self.recent = self.recent.split_off(&(last.block.number + 1));
         match way {
             Way::Addresses => self.limits.grow(way, range.blocks(), addresses, 0),
@@ -347,10 +352,11 @@ impl<C: Chain> Scanner<C> {
         come: Option<(Harvest, How)>,
     ) -> Result<(Harvest, usize), Trouble> {
         let (harvest, addresses, since) = match come {
-            Some((harvest, How { addresses, arrivals, joining, .. })) => {
+            Some((harvest, How { addresses, arrivals, .. })) => {
                 let registry = self.store.registry();
                 let arrived = registry.arrived_after(arrivals).iter().copied();
-                (harvest, addresses, arrived.filter(|escrow| !joining.contains(escrow)).collect())
+                let since = arrived.filter(|escrow| !harvest.expected.contains(escrow)).collect();
+                (harvest, addresses, since)
             }
             None => {
                 let mut harvest = Harvest::of(headers);
@@ -386,18 +392,22 @@ impl<C: Chain> Scanner<C> {
         harvest.gather_blocks(&*self.chain, headers, calls, false).await.map(drop)
     }
 
-    /// Turns the harvest into stretches and commits them. `blocks`: those to remember, the last one the new cursor. Returns
+    /// Turns what was harvested, in this order, into stretches and commits them. `blocks`: those to remember, the last one the new cursor. Returns
     /// how many logs were of others.
     async fn accept(
         &mut self,
         range: BlockRange,
-        harvest: Harvest,
+        harvests: Vec<Harvest>,
         blocks: Vec<BlockRef>,
         started: Instant,
     ) -> Result<usize, Trouble> {
-        // Some escrow may have come to be registered since.
-        let harvest = harvest.prepare(&*self.chain, &self.decoder, false, |_| false).await?;
-        let (whole, others) = harvest.stretch(&self.decoder);
+        let (mut whole, mut fresh, mut others) = (Stretch::default(), AddressMap::default(), 0);
+        for mut harvest in harvests {
+            // Some escrow may have come to be registered since, or is about to be.
+            harvest.expected.extend(fresh.keys());
+            let harvest = harvest.prepare(&*self.chain, &self.decoder, false, |_| false).await?;
+            others += harvest.add_to(&mut whole, &mut fresh, &self.decoder);
+        }
         let (from, to, found) = (range.from(), range.to(), whole.announced.len());
         info!(from, to, events = whole.events.len(), "Processing blocks {from} to {to}");
         let is_final = self.finalized.is_some_and(|finalized| range.to() <= finalized);
@@ -430,6 +440,10 @@ impl<C: Chain> Scanner<C> {
         metrics::commit_took("blocks", committing.elapsed());
         metrics::events(stretch.events.iter().map(|event| &*event.name));
         say_found(&stretch.announced, &stretch.quarantined);
+        if stretch.events.len() > DROPPED_ASIDE {
+            // Nobody waits for it.
+            drop(tokio::task::spawn_blocking(move || drop(stretch)));
+        }
         Ok(())
     }
 }

@@ -52,8 +52,14 @@ struct Relay {
 }
 
 impl Relay {
-    fn restart(&mut self) {
-        self.running = None;
+    async fn restart(&mut self) {
+        if let Some((store, scanner)) = self.running.take() {
+            drop(scanner);
+            // What it had under way ends when its turn comes.
+            while Arc::strong_count(&store) > 1 {
+                tokio::task::yield_now().await;
+            }
+        }
         let mut settings = self.settings.clone();
         let (made, released) = (format!("[{DEPLOYED:?}, {MADE:?}]"), format!("[{APPROVED:?}, {RELEASED:?}]"));
         if self.learnt {
@@ -100,12 +106,12 @@ async fn learns_after_the_end(chain: Arc<Fake>) -> BTreeMap<u64, Entry> {
     (0..20).for_each(|_| chain.extend(&[], &[]));
     let folder = tempfile::tempdir().unwrap();
     let mut relay = Relay { chain, folder, learnt: false, settings, running: None };
-    relay.restart();
+    relay.restart().await;
     relay.settle().await;
     let store = relay.parts().0;
     assert_eq!((store.registry().len(), store.registry().watched_len()), (1, 0));
     relay.learnt = true;
-    relay.restart();
+    relay.restart().await;
     relay.settle().await;
     let mut seen = BTreeMap::new();
     relay.restart_reading_all(&mut seen);
@@ -164,10 +170,10 @@ async fn what_a_fork_nobody_has_seen_yet_announces_in_the_place_of_another_log_i
     let settings = vec![("chain.reading", "ranged")];
     let folder = tempfile::tempdir().unwrap();
     let mut relay = Relay { chain: Arc::clone(&chain), folder, learnt: false, settings, running: None };
-    relay.restart();
+    relay.restart().await;
     settle(relay.parts().1).await;
     relay.learnt = true;
-    relay.restart();
+    relay.restart().await;
     chain.extend_with(&[]);
     settle(relay.parts().1).await;
     chain.drop_newest(2);
@@ -203,7 +209,7 @@ proptest! {
             (0..3).for_each(|_| chain.extend(&[], &[]));
             let folder = tempfile::tempdir().unwrap();
             let mut relay = Relay { chain: Arc::clone(&chain), folder, learnt: false, settings, running: None };
-            relay.restart();
+            relay.restart().await;
             let mut seen: BTreeMap<u64, Entry> = BTreeMap::new();
             let mut imported: BTreeMap<Address, u64> = BTreeMap::new();
             for (place, happening) in script.into_iter().enumerate() {
@@ -240,7 +246,7 @@ proptest! {
                     }
                     Happening::Learn => {
                         relay.learnt = true;
-                        relay.restart();
+                        relay.restart().await;
                     }
                     Happening::Import(number, back) => {
                         let (store, _) = relay.parts();
@@ -248,7 +254,7 @@ proptest! {
                         store.import(&[escrow(number)], from).unwrap();
                         imported.entry(escrow(number)).or_insert(from);
                     }
-                    Happening::Restart => relay.restart(),
+                    Happening::Restart => relay.restart().await,
                 }
             }
             // Beyond what could look like a lagging node.

@@ -61,7 +61,7 @@ use crate::event::{BlockRef, Event};
 use crate::telemetry::metrics;
 use claims::Claims;
 use fork::{Fate, doomed, forget_final, log_end, newest_final};
-use lanes::{Lanes, Recent};
+use lanes::{Entries, Lanes, Recent};
 use opening::{begin_life, builder, compare, create, migrate, open_error, read_life};
 use runs::{acknowledge, add_run, cut_runs};
 use schema::{
@@ -171,6 +171,8 @@ io_error!(redb::TransactionError, redb::TableError, redb::StorageError, redb::Co
 
 /// Escrows archived in one commit, at most.
 const ARCHIVED_AT_ONCE: usize = 500;
+/// So many events are worth a thread that appends them while another one does the rest.
+const EVENTS_A_THREAD: usize = 500;
 
 /// Blocks read and accepted: what one transaction stores.
 #[derive(Debug, Default)]
@@ -418,37 +420,28 @@ impl Store {
             for (escrow, block) in &stretch.announced {
                 lanes.discover(*escrow, *block)?;
             }
-            let mut log = transaction.open_table(EVENT_LOG)?;
-            let mut log = log::Appender::new(&mut log, progress.next_position);
-            let mut standing = transaction.open_table(STANDING)?;
-            let mut standing = Standing::of(&mut standing);
-            let mut blocks = transaction.open_table(BLOCKS)?;
-            let mut events = stretch.events.iter().peekable();
-            for block in &stretch.blocks {
-                while let Some(event) = events.next_if(|event| event.block.number <= block.number) {
-                    log.append(&lanes.event(event, false)?)?;
-                    standing.put((event.block.number, event.log_index), event.digest)?;
-                }
-                let remembered = Remembered { hash: block.hash, log_end: log.next_position() };
-                blocks.insert(block.number, encode(&remembered)?.as_slice())?;
-            }
-            assert!(events.next().is_none(), "an event beyond the cursor");
-            progress.next_position = log.finish()?;
-            standing.finish()?;
-            quarantine(&transaction, &stretch.quarantined)?;
-            if let Some(from) = stretch.unfinal_from {
-                add_run(&mut transaction.open_table(UNAUDITED)?, from, cursor.number + 1)?;
-            }
+            let number = |event| lanes.number(event);
+            let sequences = stretch.events.iter().map(number).collect::<Result<Vec<u64>, _>>()?;
             for (block, escrow) in &ended {
                 lanes.archive(*escrow, *block)?;
             }
+            let first = progress.next_position;
+            progress.next_position += sequences.len() as u64;
             progress.cursor = Some((cursor.number, cursor.hash));
             // What the node says of blocks to come is not worth keeping.
             progress.finalized =
                 progress.finalized.max(stretch.finalized.map(|block| block.min(cursor.number)));
-            forget_final(&mut blocks, progress.finalized)?;
-            write_progress(&transaction, &progress)?;
-            lanes.close()?
+            let entries = lanes.entries();
+            let (appended, changed) = both(
+                sequences.len() >= EVENTS_A_THREAD,
+                || append(&transaction, first, &stretch.events, &sequences, entries),
+                || {
+                    note(&transaction, stretch, first, &progress)?;
+                    lanes.close()
+                },
+            );
+            appended?;
+            changed?
         };
         transaction.commit()?;
         if !ended.is_empty() {
@@ -625,6 +618,66 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 fn read<T>(lock: &RwLock<T>) -> RwLockReadGuard<'_, T> {
     lock.read().expect("a registry writer panicked")
+}
+
+/// Does both, at once if they are `many` things to do.
+fn both<T: Send, U>(many: bool, one: impl FnOnce() -> T + Send, other: impl FnOnce() -> U) -> (T, U) {
+    if !many {
+        return (one(), other());
+    }
+    std::thread::scope(|scope| {
+        let one = scope.spawn(one);
+        let other = other();
+        (one.join().unwrap_or_else(|panicked| std::panic::resume_unwind(panicked)), other)
+    })
+}
+
+/// Appends the messages of events to the log, the `first` one at that position.
+fn append(
+    transaction: &WriteTransaction,
+    first: u64,
+    events: &[Event],
+    sequences: &[u64],
+    mut entries: Entries,
+) -> Result<(), StoreError> {
+    let mut log = transaction.open_table(EVENT_LOG)?;
+    let mut log = log::Appender::new(&mut log, first);
+    for (event, sequence) in events.iter().zip(sequences) {
+        log.append(&entries.entry(event, *sequence, false))?;
+    }
+    log.finish().map(drop)
+}
+
+/// Notes what blocks bring besides messages and escrows. The `first` of their events is at that position.
+fn note(
+    transaction: &WriteTransaction,
+    stretch: &Stretch,
+    first: u64,
+    progress: &Progress,
+) -> Result<(), StoreError> {
+    let mut standing = transaction.open_table(STANDING)?;
+    let mut standing = Standing::of(&mut standing);
+    for event in &stretch.events {
+        standing.put((event.block.number, event.log_index), event.digest)?;
+    }
+    standing.finish()?;
+    let mut blocks = transaction.open_table(BLOCKS)?;
+    for block in &stretch.blocks {
+        let upto = stretch.events.partition_point(|event| event.block.number <= block.number);
+        let remembered = Remembered { hash: block.hash, log_end: first + upto as u64 };
+        blocks.insert(block.number, encode(&remembered)?.as_slice())?;
+    }
+    let cursor = stretch.blocks.last().map_or(0, |block| block.number);
+    assert!(
+        stretch.events.last().is_none_or(|event| event.block.number <= cursor),
+        "an event beyond the cursor"
+    );
+    forget_final(&mut blocks, progress.finalized)?;
+    quarantine(transaction, &stretch.quarantined)?;
+    if let Some(from) = stretch.unfinal_from {
+        add_run(&mut transaction.open_table(UNAUDITED)?, from, cursor + 1)?;
+    }
+    write_progress(transaction, progress)
 }
 
 fn write_progress(transaction: &WriteTransaction, progress: &Progress) -> Result<(), StoreError> {

@@ -43,10 +43,38 @@ pub(super) struct Lanes<'txn> {
     /// As it was before the transaction. Locked for each look only: others wait for it, too.
     registry: &'txn RwLock<Registry>,
     touched: AddressMap<Option<Escrow>>,
-    /// The message of the last event.
+    epoch: u64,
+    now: u64,
+}
+
+/// Entries of one transaction.
+pub(super) struct Entries {
+    /// The message of the last one.
     body: Vec<u8>,
     epoch: u64,
     now: u64,
+}
+
+impl Entries {
+    /// The entry of an event; `late`: outside the order of its lane.
+    pub fn entry<'a>(&'a mut self, event: &'a Event, sequence: u64, late: bool) -> NewEntry<'a> {
+        event.body.finish_into(&mut self.body, sequence);
+        NewEntry {
+            kind: Kind::Event,
+            name: &event.name,
+            announces: event.announces,
+            emitter: event.emitter,
+            escrow: event.escrow,
+            block_number: event.block.number,
+            block_hash: event.block.hash,
+            log_index: event.log_index,
+            sequence,
+            epoch: self.epoch,
+            late,
+            stored_at: self.now,
+            body: &self.body,
+        }
+    }
 }
 
 impl<'txn> Lanes<'txn> {
@@ -54,7 +82,7 @@ impl<'txn> Lanes<'txn> {
         let (table, recent) = (transaction.open_table(REGISTRY)?, lock(&store.recent));
         let (epoch, now) = (store.epoch, now_micros() / 1_000_000);
         let registry = &store.registry;
-        Ok(Self { table, recent, registry, touched: AddressMap::default(), body: Vec::new(), epoch, now })
+        Ok(Self { table, recent, registry, touched: AddressMap::default(), epoch, now })
     }
 
     fn touch(&mut self, address: Address) -> Result<&mut Option<Escrow>, StoreError> {
@@ -191,9 +219,8 @@ impl<'txn> Lanes<'txn> {
         Ok(announced_there)
     }
 
-    /// The entry of an event; `late`: outside the order of its lane.
-    pub fn event<'a>(&'a mut self, event: &'a Event, late: bool) -> Result<NewEntry<'a>, StoreError> {
-        let (epoch, now) = (self.epoch, self.now);
+    /// The place of an event in its escrow's life.
+    pub fn number(&mut self, event: &Event) -> Result<u64, StoreError> {
         let escrow = self.lane(event.escrow)?;
         escrow.last_sequence += 1;
         if escrow.state == EscrowState::Archived {
@@ -204,23 +231,12 @@ impl<'txn> Lanes<'txn> {
         if event.ends {
             escrow.ended.get_or_insert(event.block.number);
         }
-        let sequence = escrow.last_sequence;
-        event.body.finish_into(&mut self.body, sequence);
-        Ok(NewEntry {
-            kind: Kind::Event,
-            name: &event.name,
-            announces: event.announces,
-            emitter: event.emitter,
-            escrow: event.escrow,
-            block_number: event.block.number,
-            block_hash: event.block.hash,
-            log_index: event.log_index,
-            sequence,
-            epoch,
-            late,
-            stored_at: now,
-            body: &self.body,
-        })
+        Ok(escrow.last_sequence)
+    }
+
+    /// Makes entries of events that are numbered.
+    pub fn entries(&self) -> Entries {
+        Entries { body: Vec::new(), epoch: self.epoch, now: self.now }
     }
 
     pub fn retraction(&mut self, of: u64, entry: &Entry, chain_id: u64) -> Result<Entry, StoreError> {

@@ -106,14 +106,15 @@ pub(super) fn put_late(
     let mut log = log::Appender::new(&mut log, progress.next_position);
     let mut standing = transaction.open_table(STANDING)?;
     let mut standing = Standing::of(&mut standing);
-    let before = progress.next_position;
+    let (before, mut entries) = (progress.next_position, lanes.entries());
     for event in &stretch.events {
         let key = (event.block.number, event.log_index);
         if standing.has(key)? {
             continue;
         }
         standing.put(key, event.digest)?;
-        log.append(&lanes.event(event, true)?)?;
+        let sequence = lanes.number(event)?;
+        log.append(&entries.entry(event, sequence, true))?;
     }
     progress.next_position = log.finish()?;
     standing.finish()?;

@@ -628,6 +628,52 @@ async fn a_new_store_asks_for_final_blocks_in_several_ranges_at_once_where_calls
     }
 }
 
+#[tokio::test(start_paused = true)]
+async fn ranges_that_are_there_together_are_committed_together_as_far_as_each_follows_the_one_before() {
+    let settings = [("chain.horizon", "finalized"), ("rpc.requests_per_second", "1000")];
+    // Four ranges: 0 to 60, 61 to 120, 121 to 180, 181 to 240.
+    for broken in [None, Some(61), Some(121), Some(181)] {
+        let chain = Fake::new(Some(5));
+        let mut expected = Vec::new();
+        for number in 1..246 {
+            let (announced, approved): (&[u8], &[u8]) = match number {
+                10 => (&[1], &[]),
+                70 => (&[2], &[1]),
+                121 => (&[3], &[2]),
+                181 => (&[], &[1, 2, 3]),
+                _ => (&[], &[]),
+            };
+            chain.extend(announced, approved);
+            expected.extend(announced.iter().chain(approved).map(|it| (number, escrow(*it))));
+        }
+        let change_parent = |block: u64| {
+            let parent = &mut chain.blocks.lock().unwrap()[block as usize].header.parent_hash;
+            *parent = !*parent;
+        };
+        broken.into_iter().for_each(change_parent);
+        let store = open_store();
+        let mut scanner = scanner(&chain, &store, &settings, Until::Forever);
+        assert_eq!(scanner.step().await.unwrap(), Step::Progress);
+        assert_eq!(store.cursor().unwrap().number, broken.map_or(240, |block| block - 1));
+        let upto =
+            |last: u64| expected.iter().copied().filter(|(block, _)| *block <= last).collect::<Vec<_>>();
+        let mut events: Vec<(u64, Address)> = Vec::new();
+        let mut claim = || {
+            events.extend(entries(&store).iter().map(|entry| (entry.block_number, entry.escrow)));
+            events.clone()
+        };
+        assert_eq!(claim(), upto(store.cursor().unwrap().number));
+        if let Some(block) = broken {
+            let before = store.cursor();
+            assert_ne!(scanner.step().await.unwrap(), Step::Progress, "block {block} does not follow");
+            assert_eq!(store.cursor(), before);
+            change_parent(block);
+        }
+        settle(&mut scanner).await;
+        assert_eq!((store.cursor().unwrap().number, claim()), (240, upto(240)), "broken at {broken:?}");
+    }
+}
+
 /// Ten final blocks, with escrow 1 created in the first of them and 2 in the last, and five unfinal ones in which both, and
 /// 3, do something.
 fn final_and_unfinal_blocks() -> Arc<Fake> {

@@ -564,6 +564,29 @@ fn everywhere() -> BlockRange {
     BlockRange::new(0, u64::MAX).unwrap()
 }
 
+#[test]
+fn many_events_in_one_commit_leave_what_they_leave_in_commits_of_few() {
+    let few = EVENTS_A_THREAD as u64 / 2;
+    let (one, several) = (memory(), memory());
+    let mut whole = Stretch::default();
+    for number in 1..=4u64 {
+        let escrow = |index: u64| escrow((index % 200) as u8);
+        let of_block = Stretch {
+            announced: (0..200).filter(|_| number == 1).map(|it| (escrow(it), block(number, 0))).collect(),
+            events: (0..few).map(|it| event(escrow(it), block(number, 0), it, false)).collect(),
+            blocks: vec![block(number, 0)],
+            ..Stretch::default()
+        };
+        several.accept(&of_block).unwrap();
+        whole.announced.extend(of_block.announced);
+        whole.events.extend(of_block.events);
+        whole.blocks.extend(of_block.blocks);
+    }
+    one.accept(&whole).unwrap();
+    assert_eq!(crash::rows(&one), crash::rows(&several));
+    assert_eq!(one.waiting(), 4 * few);
+}
+
 /// Makes a file that was written by this layout one of an earlier: without these tables, and with a row for each digest.
 fn age(path: &Path, schema: u32, epoch: u64, later: &[&str]) {
     let db = Database::create(path).unwrap();

@@ -223,7 +223,7 @@ fn script() -> Script {
 }
 
 /// All rows of all tables, without what differs from run to run: times, and the epoch made from one.
-fn rows(store: &Store) -> BTreeMap<String, Vec<String>> {
+pub(super) fn rows(store: &Store) -> BTreeMap<String, Vec<String>> {
     let read = store.db.begin_read().unwrap();
     let mut tables = BTreeMap::new();
     let mut names: Vec<String> = read.list_tables().unwrap().map(|table| table.name().to_owned()).collect();

@@ -274,7 +274,7 @@ impl<C: Chain> Scanner<C> {
         self
     }
 
-    /// Reads what comes next: one commit at most.
+    /// Reads what comes next: blocks that are committed together, unless they are too many for one commit.
     pub async fn step(&mut self) -> Result<Step, ScanError> {
         let step = match self.try_step().await {
             Ok(step) => Ok(step),

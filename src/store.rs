@@ -645,7 +645,8 @@ fn append(
     for (event, sequence) in events.iter().zip(sequences) {
         log.append(&entries.entry(event, *sequence, false))?;
     }
-    log.finish().map(drop)
+    assert_eq!(log.finish()?, first + events.len() as u64, "a position for each event");
+    Ok(())
 }
 
 /// Notes what blocks bring besides messages and escrows. The `first` of their events is at that position.

@@ -16,6 +16,8 @@ use crate::config::SecretUrl;
 
 /// What is read of one answer at most, in bytes: beyond it the range is too large for anyone's good.
 const MAX_BODY: usize = 128 << 20;
+/// What is held ready for an answer whose length is told, in bytes, at most: it may be a lie.
+const MAX_BODY_AHEAD: u64 = 16 << 20;
 /// What is kept of a provider's text, in characters.
 const MAX_TEXT: usize = 500;
 
@@ -113,7 +115,7 @@ async fn http(client: &reqwest::Client, url: &SecretUrl, packet: &RequestPacket)
         retry_after,
     };
     // Grown step by step a large one would be copied again and again.
-    let said = response.content_length().unwrap_or(0).min(MAX_BODY as u64);
+    let said = response.content_length().unwrap_or(0).min(MAX_BODY_AHEAD);
     let mut bytes = Vec::with_capacity(said as usize);
     while let Some(chunk) = response.chunk().await.map_err(cut_short)? {
         if bytes.len() + chunk.len() > MAX_BODY {

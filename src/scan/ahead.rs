@@ -19,6 +19,7 @@ use super::limits::Way;
 use super::read::{EVENTS_A_COMMIT, log_calls, most_addresses};
 use super::{CATCH_UP, Call, Chain, LogFilter, Span, Trouble};
 use crate::event::{Addresses, BlockRange, BlockRef, Header};
+use crate::store::Registry;
 
 /// A range with so many logs is cut into parts: while one is committed, what turned up is asked for in the next.
 const DENSE: usize = 2_000;
@@ -50,16 +51,18 @@ pub(super) struct Answered {
 }
 
 impl Fetched {
-    /// Whether what is there of that range can be committed with this.
-    fn goes_on_with(&self, next: &Slot) -> bool {
+    /// Whether what is there of that range can be committed with this: it follows, and whom this brings back was asked for.
+    fn goes_on_with(&self, next: &Slot, registry: &Registry) -> bool {
         let State::There(there) = &next.state else {
             return false;
         };
         let (Ends { parent, end }, harvest) = &**there;
+        let logs: usize = self.answered.iter().map(|answered| answered.logs).sum();
         next.way == self.way
             && end.is_some()
             && parent.is_none_or(|parent| parent == self.end.block.hash)
-            && self.answered.iter().map(|it| it.logs).sum::<usize>() + harvest.logs.len() <= EVENTS_A_COMMIT
+            && logs + harvest.logs.len() <= EVENTS_A_COMMIT
+            && !self.harvests.last().is_some_and(|harvest| harvest.has_archived(registry))
     }
 
     /// Adds the range behind it.
@@ -95,8 +98,6 @@ struct Slot {
     state: State,
     /// Announced in it and not registered then, once that is known.
     fresh: Option<Vec<(Address, BlockRef)>>,
-    /// Whether those announced in it and in the ranges before it were looked at.
-    is_looked_at: bool,
 }
 
 /// What was told of a range, and its logs.
@@ -207,26 +208,16 @@ impl Ahead {
         let ask = Ask { range, linked, ahead: !self.slots.is_empty(), told: None, logs };
         let state = asking(Arc::clone(chain), decoder.clone(), ask, Harvest::default(), way);
         let (started, asking) = (Instant::now(), way);
-        self.slots.push_back(Slot {
-            range,
-            way,
-            asking,
-            addresses,
-            started,
-            arrivals,
-            state,
-            fresh: None,
-            is_looked_at: false,
-        });
+        self.slots.push_back(Slot { range, way, asking, addresses, started, arrivals, state, fresh: None });
     }
 
-    /// The first range, if it is there, and those behind it as far as they are, too: they are committed together. For what
-    /// was [followed up](Self::follow).
-    pub fn take_first(&mut self) -> Result<Option<Fetched>, Trouble> {
+    /// The first range, if it is there, and those behind it as far as they are, too: they are committed together. All that
+    /// are there were [followed up](Self::follow) since the last [`wait`](Self::wait).
+    pub fn take_first(&mut self, registry: &Registry) -> Result<Option<Fetched>, Trouble> {
         let Some(mut first) = self.take_one()? else {
             return Ok(None);
         };
-        while self.slots.front().is_some_and(|next| first.goes_on_with(next)) {
+        while self.slots.front().is_some_and(|next| first.goes_on_with(next, registry)) {
             first.join(self.take_one()?.expect("it is there"));
         }
         Ok(Some(first))
@@ -289,7 +280,8 @@ impl Ahead {
             let ahead = place > 0;
             let (earlier, later) = slots.split_at_mut(place);
             let slot = &mut later[0];
-            if let (State::There(there), None) = (&slot.state, &slot.fresh) {
+            let is_new = slot.fresh.is_none();
+            if let (State::There(there), true) = (&slot.state, is_new) {
                 slot.fresh = Some(there.1.unregistered(&following.decoder.store.registry()));
             }
             if slot.fresh.is_none() {
@@ -300,7 +292,7 @@ impl Ahead {
                 && let State::There(there) = &slot.state
             {
                 let (start, is_whole) = (slot.range.from(), there.0.end.is_some());
-                match slot.news(following, earlier) {
+                match slot.news(following, earlier, is_new) {
                     Some((from, addresses)) if is_whole => {
                         slot.follow(chain, following, ahead, from, addresses)
                     }
@@ -332,10 +324,10 @@ impl Ahead {
 }
 
 impl Slot {
-    /// Escrows whose logs were not asked for, and the first block in which they may have some. What was looked at once is
-    /// not looked at again: of the ranges before it that are committed the escrows have arrived by then.
-    fn news(&mut self, following: &Following, earlier: &[Slot]) -> Option<(u64, Vec<Address>)> {
-        let Self { range, arrivals, state: State::There(there), fresh, is_looked_at, .. } = self else {
+    /// Escrows whose logs were not asked for, and the first block in which they may have some: who has arrived since the
+    /// last look, and if the range `is_new`, who was announced in it and in the ranges before it.
+    fn news(&mut self, following: &Following, earlier: &[Slot], is_new: bool) -> Option<(u64, Vec<Address>)> {
+        let Self { range, arrivals, state: State::There(there), fresh, .. } = self else {
             unreachable!("only what is there is looked at");
         };
         let (start, expected) = (range.from(), &mut there.1.expected);
@@ -350,7 +342,7 @@ impl Slot {
         registry.arrived_after(*arrivals).iter().for_each(|escrow| look_at(*escrow, start));
         *arrivals = registry.arrivals();
         drop(registry);
-        if !std::mem::replace(is_looked_at, true) {
+        if is_new {
             let before = earlier.iter().flat_map(|slot| slot.fresh.iter().flatten());
             before.for_each(|(escrow, _)| look_at(*escrow, start));
             fresh.iter().flatten().for_each(|(escrow, block)| look_at(*escrow, block.number));

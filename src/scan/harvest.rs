@@ -265,6 +265,13 @@ impl Harvest {
         announced.filter(|(escrow, _)| is_new(escrow) && seen.insert(*escrow)).collect()
     }
 
+    /// Whether an archived escrow goes on here: once this is accepted, it is asked for again.
+    pub fn has_archived(&self, registry: &Registry) -> bool {
+        let announced = self.announced.values().map(|(escrow, _)| escrow);
+        let mut all = self.logs.values().map(|log| &log.address).chain(announced);
+        registry.len() > registry.watched_len() && all.any(|escrow| registry.is_archived(escrow))
+    }
+
     /// Adds what these blocks bring to a stretch of those before them: the events of registered escrows and of those
     /// announced here or there, `fresh`. Says how many of the logs are of others.
     pub fn add_to(

@@ -133,7 +133,8 @@ impl<C: Chain> Scanner<C> {
                 return Ok(Step::Wait(Duration::ZERO));
             }
             self.ask_coming(last);
-            match self.ahead.take_first()? {
+            let first = self.ahead.take_first(&self.store.registry());
+            match first? {
                 Some(fetched) => break fetched,
                 None => self.ahead.wait().await,
             }
@@ -392,8 +393,8 @@ impl<C: Chain> Scanner<C> {
         harvest.gather_blocks(&*self.chain, headers, calls, false).await.map(drop)
     }
 
-    /// Turns what was harvested, in this order, into stretches and commits them. `blocks`: those to remember, the last one the new cursor. Returns
-    /// how many logs were of others.
+    /// Turns what was harvested, in this order, into stretches and commits them. `blocks`: those to remember, the last one
+    /// the new cursor. Returns how many logs were of others.
     async fn accept(
         &mut self,
         range: BlockRange,

@@ -531,6 +531,38 @@ async fn escrows_long_at_their_end_are_asked_for_no_more_and_come_back_if_they_g
 }
 
 #[tokio::test(start_paused = true)]
+async fn an_archived_escrow_that_is_announced_again_amid_a_catch_up_is_asked_for_in_the_ranges_behind() {
+    let settings = [
+        ("escrow.terminal", "Approved"),
+        ("escrow.archive_after", "3"),
+        ("rpc.filter", "addresses"),
+        ("rpc.max_range", "40"),
+        ("chain.horizon", "finalized"),
+    ];
+    let chain = Fake::new(Some(2));
+    chain.extend(&[1, 2], &[1]);
+    let store = open_store();
+    let mut reader = scanner(&chain, &store, &settings, Until::Forever);
+    for _ in 0..8 {
+        chain.extend(&[], &[]);
+        reader.finality.asked_at = None;
+        settle(&mut reader).await;
+    }
+    assert_eq!((store.registry().len(), store.registry().watched_len()), (2, 1));
+    for number in 0..400 {
+        match number {
+            210 => chain.extend(&[1], &[]),
+            250 => chain.extend(&[], &[1, 2]),
+            _ => chain.extend(&[], &[]),
+        }
+    }
+    reader.finality.asked_at = None;
+    settle(&mut reader).await;
+    let of_one = entries(&store).into_iter().filter(|entry| entry.escrow == escrow(1)).count();
+    assert_eq!(of_one, 4, "announced, approved, announced, approved");
+}
+
+#[tokio::test(start_paused = true)]
 async fn while_catching_up_an_escrow_that_ended_is_asked_for_as_long_as_at_the_head() {
     let settings = [
         ("escrow.terminal", "Approved"),

@@ -25,7 +25,7 @@ impl Recent {
         if self.0.len() + changed.len() > RECENT {
             self.0.clear();
         }
-        self.0.reserve(changed.len());
+        self.0.reserve(changed.len().min(RECENT - self.0.len()));
         for (address, row) in changed {
             match row {
                 Some(escrow) if self.0.len() < RECENT => drop(self.0.insert(*address, escrow.clone())),

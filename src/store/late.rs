@@ -207,6 +207,7 @@ impl Store {
             let found = stretch.announced_earlier.iter().map(|(escrow, _)| *escrow);
             let uncovered: Vec<Address> =
                 registry.uncovered().map(|(escrow, _)| escrow).chain(found).collect();
+            // The lanes look into it, too.
             drop(registry);
             let mut done = read.next > read.to;
             for escrow in uncovered {

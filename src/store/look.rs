@@ -12,7 +12,7 @@ use super::schema::{
     ACKNOWLEDGED, EVENT_LOG, MARKS, PRUNED_BLOCK, QUARANTINE, REGISTRY, STANDING, UNAUDITED, WATERMARK,
     decode,
 };
-use super::standing::{digest_at, standing_in};
+use super::standing::{count_in, digest_at, standing_in};
 use super::{Claimed, Escrow, Kind, Quarantined, Store, StoreError, log};
 use crate::event::BlockRange;
 
@@ -140,9 +140,8 @@ impl Store {
         let Some(blocks) = blocks.tail(pruned.map_or(0, |block| block + 1)) else {
             return Ok(Vec::new());
         };
-        let log = read.open_table(EVENT_LOG)?;
-        let standing = standing_in(&read.open_table(STANDING)?, blocks)?;
-        let mut balance = standing.len() as i64;
+        let (log, standing) = (read.open_table(EVENT_LOG)?, read.open_table(STANDING)?);
+        let mut balance = count_in(&standing, blocks)? as i64;
         let each = |look: &mut dyn FnMut(Place, Kind)| -> Result<(), StoreError> {
             for found in log::entries(&log, 0..u64::MAX)? {
                 let (_, entry) = found?;
@@ -164,6 +163,7 @@ impl Store {
             Kind::Event => drop(kept.insert(place)),
             Kind::Retraction { .. } => drop(kept.remove(&place)),
         })?;
+        let standing = standing_in(&standing, blocks)?;
         Ok(standing.into_iter().map(|(place, _)| place).filter(|place| !kept.contains(place)).collect())
     }
 

@@ -162,7 +162,7 @@ pub(super) const DIGESTS: TableDefinition<(u64, u64), u64> = TableDefinition::ne
 pub(super) fn migrate(db: &Database, life: &mut Life) -> Result<(), StoreError> {
     match life.schema {
         SCHEMA => return Ok(()),
-        // Each layout only adds to the one before.
+        // Nothing that an earlier one had is lost.
         1..SCHEMA => {}
         newer => {
             return Err(StoreError::Damaged {

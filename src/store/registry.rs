@@ -134,6 +134,11 @@ impl Registry {
         self.places.contains_key(address) || self.archived.contains(address)
     }
 
+    /// Whether nobody asks for it, since its end is long final.
+    pub fn is_archived(&self, address: &Address) -> bool {
+        self.archived.contains(address)
+    }
+
     /// Whether the registry has a row for it, in whatever state.
     pub(super) fn has_row(&self, address: &Address) -> bool {
         self.contains(address) || self.is_joining(address) || self.withdrawn.contains(address)

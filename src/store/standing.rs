@@ -128,6 +128,19 @@ pub(super) fn digest_at(
     Ok(unpack(block, row.value())?.find(|(at, _)| *at == index).map(|(_, digest)| digest))
 }
 
+/// How many events stand in these blocks.
+pub(super) fn count_in(
+    table: &impl ReadableTable<u64, &'static [u8]>,
+    blocks: BlockRange,
+) -> Result<u64, StoreError> {
+    let mut count = 0;
+    for row in table.range(blocks.from()..=blocks.to())? {
+        let (block, row) = row?;
+        count += unpack(block.value(), row.value())?.count() as u64;
+    }
+    Ok(count)
+}
+
 /// The events that stand in these blocks, in order, and what each says.
 pub(super) fn standing_in(
     table: &impl ReadableTable<u64, &'static [u8]>,

@@ -299,17 +299,32 @@ fn assert_sound(store: &Store) {
 
 #[test]
 fn a_crash_at_any_write_or_sync_leaves_the_state_before_or_after_a_whole_step() {
-    let script = script();
+    assert!(crash_everywhere(&script(), block(4, 2)) > 60);
+}
+
+#[test]
+fn a_crash_in_a_commit_of_many_events_leaves_the_state_before_or_after_it() {
+    let script: Script = vec![
+        ("an escrow", |store| store.accept(&stretch(block(1, 0), &[1], &[]))),
+        ("many events", |store| {
+            let events = (0..EVENTS_A_THREAD as u64).map(|it| event(escrow(1), block(2, 0), it, false));
+            store.accept(&Stretch { events: events.collect(), ..stretch(block(2, 0), &[], &[]) })
+        }),
+    ];
+    assert!(crash_everywhere(&script, block(2, 0)) > 10);
+}
+
+/// Lets each write and each sync of the script fail, which ends at block `last`. How many there are.
+fn crash_everywhere(script: &Script, last: BlockRef) -> usize {
     let disk = Disk::holding(vec![]);
     let store = open(&disk).unwrap();
     let mut states = vec![rows(&store)];
-    for (name, step) in &script {
+    for (name, step) in script {
         step(&store).unwrap_or_else(|error| panic!("{name}: {error}"));
         states.push(rows(&store));
     }
     assert!(states.windows(2).all(|pair| pair[0] != pair[1]), "each step does something");
     let operations = disk.operations.load(Atomic::SeqCst);
-    assert!(operations > 60, "{operations} operations are few");
 
     for fails_at in 0..operations {
         let kind = [io::ErrorKind::Other, io::ErrorKind::StorageFull][fails_at % 2];
@@ -318,7 +333,7 @@ fn a_crash_at_any_write_or_sync_leaves_the_state_before_or_after_a_whole_step() 
         let mut done = None;
         if let Ok(store) = open(&disk) {
             done = Some(0);
-            for (_, step) in &script {
+            for (_, step) in script {
                 match step(&store) {
                     Ok(()) => done = done.map(|steps| steps + 1),
                     Err(error) => {
@@ -354,7 +369,7 @@ fn a_crash_at_any_write_or_sync_leaves_the_state_before_or_after_a_whole_step() 
                 for (name, step) in &script[state..] {
                     step(&store).unwrap_or_else(|error| panic!("{context}, then {name}: {error}"));
                 }
-                assert_eq!(store.cursor(), Some(block(4, 2)), "{context}");
+                assert_eq!(store.cursor(), Some(last), "{context}");
                 drop(store);
                 let store = open(&disk).unwrap();
                 claim_all_and_acknowledge(&store, |_| true).unwrap();
@@ -362,6 +377,7 @@ fn a_crash_at_any_write_or_sync_leaves_the_state_before_or_after_a_whole_step() 
             }
         }
     }
+    operations
 }
 
 #[test]

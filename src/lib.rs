@@ -492,6 +492,9 @@ async fn scan_loop(
                 scan::Step::Done => break,
             };
             let deadline = Some(Instant::now() + pause);
+            // A head that the scanner has seen on its way is not worth another step: that would poll.
+            let seen = scanner.heads().filter(|heads| !heads.has_changed().unwrap_or(false));
+            heads = seen.or(heads);
             read_late(&mut scanner, &turning, &store, &room, deadline, &mut heads).await?;
         }
         read_late(&mut scanner, &turning, &store, &room, None, &mut None).await

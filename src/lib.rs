@@ -470,7 +470,6 @@ async fn scan_loop(
     stop: CancellationToken,
     read: CancellationToken,
 ) -> Result<(), RelayError> {
-    let mut heads = scanner.heads();
     let scanned = async {
         let mut busy = 0;
         loop {
@@ -492,9 +491,9 @@ async fn scan_loop(
                 scan::Step::Done => break,
             };
             let deadline = Some(Instant::now() + pause);
-            // A head that the scanner has seen on its way is not worth another step: that would poll.
-            let seen = scanner.heads().filter(|heads| !heads.has_changed().unwrap_or(false));
-            heads = seen.or(heads);
+            // As the scanner has seen them: a head that it took note of on its way is not worth another step, which would
+            // poll.
+            let mut heads = scanner.heads();
             read_late(&mut scanner, &turning, &store, &room, deadline, &mut heads).await?;
         }
         read_late(&mut scanner, &turning, &store, &room, None, &mut None).await

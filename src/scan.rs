@@ -209,6 +209,14 @@ struct Said {
     cap: bool,
 }
 
+/// What a look at the announcements brings.
+enum Announced {
+    Nothing,
+    /// What it means is for a poll to say.
+    Something,
+    Head(Header),
+}
+
 impl<C: Chain> Scanner<C> {
     /// A scanner that continues where the store's cursor stands.
     pub fn new(
@@ -339,12 +347,15 @@ impl<C: Chain> Scanner<C> {
         }
         if self.target.is_none_or(|target| target < next) {
             let nothing_new = match self.announced(next) {
-                Some(head) => self.follow(next, head),
+                Announced::Head(head) => self.follow(next, head),
                 // What is final can be asked for when nobody waits for it.
-                None if self.followed.take().is_some() && !self.finality_is_due() => {
+                Announced::Nothing if self.followed.take().is_some() && !self.finality_is_due() => {
                     return Ok(Step::Idle);
                 }
-                None => self.poll(next).await?,
+                Announced::Something | Announced::Nothing => {
+                    self.followed = None;
+                    self.poll(next).await?
+                }
             };
             if let Some(step) = nothing_new {
                 return Ok(self.await_announced(step));
@@ -382,20 +393,24 @@ impl<C: Chain> Scanner<C> {
         self.heads.clone()
     }
 
-    /// A head announced since the last look, if it says all that a poll would: it saves the poll. One so far above the next
-    /// block that a batch of headers does not show whether it leads there says nothing.
-    fn announced(&mut self, next: u64) -> Option<Header> {
-        let heads = self.heads.as_mut()?;
-        if !heads.has_changed().unwrap_or(false) {
-            return None;
-        }
-        let head = (*heads.borrow_and_update())?;
+    /// What was announced since the last look. A head that says all that a poll would saves the poll. One so far above the
+    /// next block that a batch of headers does not show whether it leads there does not.
+    fn announced(&mut self, next: u64) -> Announced {
+        let Some(heads) = self.heads.as_mut().filter(|heads| heads.has_changed().unwrap_or(false)) else {
+            return Announced::Nothing;
+        };
+        let Some(head) = *heads.borrow_and_update() else {
+            return Announced::Nothing;
+        };
         let says_all = self.settings.horizon == config::Horizon::Latest
             && self.factory_seen
             && self.store.cursor().is_some()
             && self.polled_at.is_some_and(|at| at.elapsed() < self.settings.poll_interval * WITHOUT_POLL);
         let is_near = head.block.number < next.saturating_add(LINKED_BLOCKS);
-        (says_all && is_near && head.block.number > self.finality.head).then_some(head)
+        match says_all && is_near && head.block.number > self.finality.head {
+            true => Announced::Head(head),
+            false => Announced::Something,
+        }
     }
 
     /// Sets the target by an announced head. `Some`: there is nothing to read yet.

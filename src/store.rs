@@ -420,11 +420,12 @@ impl Store {
             for (escrow, block) in &stretch.announced {
                 lanes.discover(*escrow, *block)?;
             }
-            let number = |event| lanes.number(event);
-            let sequences = stretch.events.iter().map(number).collect::<Result<Vec<u64>, _>>()?;
+            // Before its events: one that goes on here comes back.
             for (block, escrow) in &ended {
                 lanes.archive(*escrow, *block)?;
             }
+            let number = |event| lanes.number(event);
+            let sequences = stretch.events.iter().map(number).collect::<Result<Vec<u64>, _>>()?;
             let first = progress.next_position;
             progress.next_position += sequences.len() as u64;
             progress.cursor = Some((cursor.number, cursor.hash));

@@ -96,7 +96,7 @@ struct Slot {
     /// Escrows that had come to be watched when it was asked for, or looked at last.
     arrivals: u64,
     state: State,
-    /// Announced in it and not registered then, once that is known.
+    /// Announced in it and not asked for then, once that is known.
     fresh: Option<Vec<(Address, BlockRef)>>,
 }
 
@@ -168,7 +168,7 @@ impl Ahead {
         self.slots.back().map(|slot| slot.range.to() + 1)
     }
 
-    /// Escrows announced in what is not handed out, and not registered when it came; `None` while it is not known of all.
+    /// Escrows announced in what is not handed out, and not asked for when it came; `None` while it is not known of all.
     pub fn announced(&self) -> Option<AddressSet> {
         let mut all = AddressSet::default();
         for slot in &self.slots {
@@ -282,7 +282,7 @@ impl Ahead {
             let slot = &mut later[0];
             let is_new = slot.fresh.is_none();
             if let (State::There(there), true) = (&slot.state, is_new) {
-                slot.fresh = Some(there.1.unregistered(&following.decoder.store.registry()));
+                slot.fresh = Some(there.1.unwatched(&following.decoder.store.registry()));
             }
             if slot.fresh.is_none() {
                 // What it announces is not known yet, so nothing is of those after it.
@@ -311,7 +311,7 @@ impl Ahead {
         let Some(slot) = self.slots.pop_front() else { return };
         let is_dense = match (&slot.state, &slot.fresh) {
             (State::There(there), None) if slot.way == Way::Addresses => {
-                let announced = there.1.unregistered(&following.decoder.store.registry()).len();
+                let announced = there.1.unwatched(&following.decoder.store.registry()).len();
                 announced > following.at_once && there.1.logs.len() > DENSE
             }
             _ => false,
@@ -416,7 +416,7 @@ fn asking<C: Chain>(chain: Arc<C>, decoder: Decoder, ask: Ask, mut harvest: Harv
             return Ok(None);
         };
         let to_be_followed = |harvest: &Harvest| {
-            way == Way::Addresses && !harvest.unregistered(&decoder.store.registry()).is_empty()
+            way == Way::Addresses && !harvest.unwatched(&decoder.store.registry()).is_empty()
         };
         let harvest = harvest.prepare(&*chain, &decoder, ahead, to_be_followed).await?;
         Ok(Some(Box::new((ends, harvest))))

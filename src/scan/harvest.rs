@@ -259,17 +259,24 @@ impl Harvest {
 
     /// Escrows announced here that are not registered, with the block that announced each first.
     pub fn unregistered(&self, registry: &Registry) -> Vec<(Address, BlockRef)> {
-        let mut seen = AddressSet::default();
-        let is_new = |escrow: &Address| !registry.contains(escrow) && !registry.is_joining(escrow);
-        let announced = self.announced.values().copied();
-        announced.filter(|(escrow, _)| is_new(escrow) && seen.insert(*escrow)).collect()
+        self.announced_unless(|escrow| registry.contains(escrow) || registry.is_joining(escrow))
     }
 
-    /// Whether an archived escrow goes on here: once this is accepted, it is asked for again.
+    /// Escrows announced here that nobody asks for: the same, and archived ones.
+    pub fn unwatched(&self, registry: &Registry) -> Vec<(Address, BlockRef)> {
+        self.announced_unless(|escrow| registry.is_watched(escrow) || registry.is_joining(escrow))
+    }
+
+    fn announced_unless(&self, is_known: impl Fn(&Address) -> bool) -> Vec<(Address, BlockRef)> {
+        let mut seen = AddressSet::default();
+        let announced = self.announced.values().copied();
+        announced.filter(|(escrow, _)| !is_known(escrow) && seen.insert(*escrow)).collect()
+    }
+
+    /// Whether there are logs of an archived escrow here: once they are accepted, it is asked for again.
     pub fn has_archived(&self, registry: &Registry) -> bool {
-        let announced = self.announced.values().map(|(escrow, _)| escrow);
-        let mut all = self.logs.values().map(|log| &log.address).chain(announced);
-        registry.len() > registry.watched_len() && all.any(|escrow| registry.is_archived(escrow))
+        let mut logs = self.logs.values();
+        registry.len() > registry.watched_len() && logs.any(|log| registry.is_archived(&log.address))
     }
 
     /// Adds what these blocks bring to a stretch of those before them: the events of registered escrows and of those

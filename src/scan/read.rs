@@ -96,7 +96,7 @@ impl<C: Chain> Scanner<C> {
         };
         let registry = self.store.registry();
         // A range that was accepted since may have announced them, too.
-        joining.retain(|escrow| !registry.contains(escrow));
+        joining.retain(|escrow| !registry.is_watched(escrow));
         let (arrivals, contracts) = (registry.arrivals(), registry.watched_len() + joining.len() + 1);
         drop(registry);
         let way = self.limits.way_by_hash(contracts);
@@ -369,7 +369,7 @@ impl<C: Chain> Scanner<C> {
             }
         };
         let mut harvest = harvest.prepare(&*self.chain, &self.decoder, false, |_| false).await?;
-        let fresh = harvest.unregistered(&self.store.registry());
+        let fresh = harvest.unwatched(&self.store.registry());
         if fresh.is_empty() && since.is_empty() || way == Way::Everyone {
             return Ok((harvest, addresses));
         }

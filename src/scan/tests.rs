@@ -360,6 +360,22 @@ async fn an_announced_block_is_one_round_trip_and_what_was_not_announced_is_foun
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_head_that_is_announced_while_another_is_read_and_may_be_of_a_fork_is_polled_for_at_once() {
+    let (chain, _, mut scanner) = announcing("0").await;
+    chain.extend(&[], &[1]);
+    announce(&chain);
+    assert_eq!(scanner.step().await.unwrap(), Step::Progress);
+    // Before the scanner looks again: a sibling.
+    chain.drop_newest(1);
+    chain.extend(&[], &[2]);
+    announce(&chain);
+    chain.forget();
+    let step = scanner.step().await.unwrap();
+    assert!(matches!(step, Step::Wait(_)), "it saw the fork, and looks once more: {step:?}");
+    assert_eq!(chain.asked()[0], (1, 0), "by a poll");
+}
+
+#[tokio::test(start_paused = true)]
 async fn however_fast_blocks_are_announced_a_poll_now_and_then_shows_whether_they_come_late() {
     let (chain, _, mut scanner) = announcing("0").await;
     let mut polls = 0;
@@ -552,6 +568,7 @@ async fn an_archived_escrow_that_is_announced_again_amid_a_catch_up_is_asked_for
     for number in 0..400 {
         match number {
             210 => chain.extend(&[1], &[]),
+            215 => chain.extend(&[], &[1]),
             250 => chain.extend(&[], &[1, 2]),
             _ => chain.extend(&[], &[]),
         }
@@ -559,7 +576,7 @@ async fn an_archived_escrow_that_is_announced_again_amid_a_catch_up_is_asked_for
     reader.finality.asked_at = None;
     settle(&mut reader).await;
     let of_one = entries(&store).into_iter().filter(|entry| entry.escrow == escrow(1)).count();
-    assert_eq!(of_one, 4, "announced, approved, announced, approved");
+    assert_eq!(of_one, 5, "announced, approved, announced, approved in the same range and in the next");
 }
 
 #[tokio::test(start_paused = true)]

@@ -162,7 +162,6 @@ pub(super) const DIGESTS: TableDefinition<(u64, u64), u64> = TableDefinition::ne
 pub(super) fn migrate(db: &Database, life: &mut Life) -> Result<(), StoreError> {
     match life.schema {
         SCHEMA => return Ok(()),
-        // Nothing that an earlier one had is lost.
         1..SCHEMA => {}
         newer => {
             return Err(StoreError::Damaged {

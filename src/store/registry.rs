@@ -134,6 +134,11 @@ impl Registry {
         self.places.contains_key(address) || self.archived.contains(address)
     }
 
+    /// Whether it is asked for.
+    pub fn is_watched(&self, address: &Address) -> bool {
+        self.places.contains_key(address)
+    }
+
     /// Whether nobody asks for it, since its end is long final.
     pub fn is_archived(&self, address: &Address) -> bool {
         self.archived.contains(address)

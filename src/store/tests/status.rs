@@ -3,6 +3,22 @@
 use super::*;
 
 #[test]
+fn an_escrow_that_goes_on_in_the_commit_that_would_archive_it_stays_watched() {
+    let store = memory();
+    let end = Event { ends: true, ..event(escrow(1), block(1, 0), 5, false) };
+    let (announced, blocks) = (vec![(escrow(1), block(1, 0))], vec![block(1, 0)]);
+    store.accept(&Stretch { announced, events: vec![end], blocks, ..Stretch::default() }).unwrap();
+    let goes_on = stretch(block(9, 0), &[], &[1]);
+    store.accept(&Stretch { archive_upto: Some(1), ..goes_on }).unwrap();
+    let census = || (store.registry().census().watched, store.registry().census().archived);
+    assert_eq!(census(), (1, 0));
+    store.accept(&Stretch { archive_upto: Some(8), ..stretch(block(20, 0), &[], &[]) }).unwrap();
+    assert_eq!(census(), (1, 0), "it ended anew in block 9");
+    store.accept(&Stretch { archive_upto: Some(9), ..stretch(block(21, 0), &[], &[]) }).unwrap();
+    assert_eq!(census(), (0, 1));
+}
+
+#[test]
 fn the_oldest_that_waits_is_the_first_not_acknowledged_and_not_left_out() {
     let store = memory();
     assert_eq!(store.oldest_waiting().unwrap(), None);

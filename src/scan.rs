@@ -147,6 +147,8 @@ pub struct Scanner<C> {
     horizon_tag: Tag,
     /// The highest block known to be final.
     finalized: Option<u64>,
+    /// The last block that was told to be final: a range that ends with it ends alike.
+    told_final: Option<BlockRef>,
     /// A cursor that was final when it was accepted: no fork can have taken it.
     proven: Option<BlockRef>,
     /// A fork seen and not acted on yet.
@@ -264,6 +266,7 @@ impl<C: Chain> Scanner<C> {
             finality: Finality::default(),
             horizon_tag: Tag::default(),
             finalized,
+            told_final: None,
             proven: None,
             suspected: None,
             withdrawn: Withdrawn::default(),
@@ -506,6 +509,7 @@ impl<C: Chain> Scanner<C> {
             self.compare_with_announcements(head);
         }
         self.see_head(head);
+        self.told_final = finalized.map(|header| header.block).or(self.told_final);
         let horizon = self.horizon(tag, head.block.number);
         self.note_finality(head.block.number, finalized.map(|header| header.block.number));
         if let Some(wait) = self.wait_for_factory(code) {

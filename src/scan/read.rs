@@ -152,6 +152,12 @@ impl<C: Chain> Scanner<C> {
                 false => self.look_back().await,
             };
         }
+        let end = fetched.end.block;
+        let is_another = |told: &mut BlockRef| told.number == end.number && told.hash != end.hash;
+        if self.told_final.take_if(is_another).is_some() {
+            // One of both is a lie. What is told of it next time counts.
+            return Err(Trouble::Disagreement(format!("two headers of block {}", end.number)));
+        }
         let seen = self.recent.get(&fetched.range.to()).filter(|_| self.followed.is_some());
         if seen.is_some_and(|seen| seen.block != fetched.end.block) {
             return Err(Trouble::Disagreement(

@@ -854,6 +854,23 @@ async fn an_answer_of_a_node_that_is_behind_is_thrown_away() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_range_that_ends_otherwise_than_the_final_block_was_told_to_be_is_asked_for_again() {
+    let chain = Fake::new(Some(5));
+    (0..30).for_each(|_| chain.extend(&[], &[]));
+    let (store, settings) = (open_store(), [("rpc.max_range", "20"), ("rpc.requests_per_second", "5")]);
+    let mut scanner = scanner(&chain, &store, &settings, Until::Forever);
+    assert_eq!(scanner.step().await.unwrap(), Step::Progress);
+    assert_eq!(store.cursor().unwrap().number, 19);
+    assert_eq!(scanner.told_final.map(|block| block.number), Some(25));
+    // As if the poll had been told that, or as if the end of the range were a lie.
+    scanner.told_final = Some(BlockRef { number: 25, hash: B256::repeat_byte(0xDD) });
+    assert!(matches!(scanner.step().await.unwrap(), Step::Wait(_)));
+    assert_eq!(store.cursor().unwrap().number, 19);
+    settle(&mut scanner).await;
+    assert_eq!(store.cursor(), chain.blocks.lock().unwrap().last().map(|block| block.header.block));
+}
+
+#[tokio::test(start_paused = true)]
 async fn refusals_change_the_plan_and_nothing_is_skipped() {
     let cap = NonZeroU64::new(3).unwrap();
     let table = [

@@ -6,9 +6,10 @@
 //! see. That they are still on the chain nobody looks again, so what lies unused for long is asked for anew.
 
 use std::ops::RangeInclusive;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use alloy::primitives::B256;
 use alloy::primitives::map::AddressSet;
 use foldhash::HashSet;
 use tokio::sync::oneshot;
@@ -19,7 +20,7 @@ use super::harvest::{Decoder, Harvest};
 use super::limits::Way;
 use super::read::calls_of_block;
 use super::{Answer, BlockTag, Call, Chain, LogFilter};
-use crate::event::{BlockRange, Header};
+use crate::event::{BlockRange, BlockRef, Header};
 
 /// How long answers may lie unused: a fork that takes those blocks meanwhile would be seen only after they were accepted.
 const FRESH: Duration = Duration::from_secs(2);
@@ -28,6 +29,8 @@ const FRESH: Duration = Duration::from_secs(2);
 pub(super) struct Coming {
     pub range: BlockRange,
     whom: Option<oneshot::Sender<Whom>>,
+    /// Which block they follow, once their headers are there.
+    parent: Arc<OnceLock<B256>>,
     asking: AbortOnDropHandle<Option<There>>,
 }
 
@@ -64,8 +67,11 @@ impl Coming {
     pub fn ask<C: Chain>(chain: &Arc<C>, range: BlockRange, newest: u64, known: Vec<Header>) -> Self {
         let (whom, filters) = oneshot::channel::<Whom>();
         let chain = Arc::clone(chain);
+        let parent = Arc::new(OnceLock::new());
+        let told = Arc::clone(&parent);
         let asking = AbortOnDropHandle::new(tokio::spawn(async move {
             let headers = headers(&*chain, range.from()..=newest, known).await?;
+            headers.iter().take(1).for_each(|first| drop(told.set(first.parent_hash)));
             let answered = Instant::now();
             let Ok((filters, how, joining, decoder)) = filters.await else {
                 let come = Come { headers, logs: None };
@@ -80,7 +86,12 @@ impl Coming {
             let come = Come { headers, logs: logs.map(|harvest| (harvest, how)) };
             Some(There { come, unused, since: Instant::now() })
         }));
-        Self { range, whom: Some(whom), asking }
+        Self { range, whom: Some(whom), parent, asking }
+    }
+
+    /// Whether it is known that they do not follow this block, which is the one before them.
+    pub fn contradicts(&self, block: BlockRef) -> bool {
+        block.number + 1 == self.range.from() && self.parent.get().is_some_and(|parent| *parent != block.hash)
     }
 
     /// Whether it has yet to be said whose logs to ask for.

@@ -158,6 +158,10 @@ impl<C: Chain> Scanner<C> {
             // One of both is a lie. What is told of it next time counts.
             return Err(Trouble::Disagreement(format!("two headers of block {}", end.number)));
         }
+        if self.coming.as_ref().is_some_and(|coming| coming.contradicts(end)) {
+            // The same of the headers behind it. What is accepted as final cannot be taken back.
+            return Err(Trouble::Disagreement(format!("block {} does not follow", end.number + 1)));
+        }
         let seen = self.recent.get(&fetched.range.to()).filter(|_| self.followed.is_some());
         if seen.is_some_and(|seen| seen.block != fetched.end.block) {
             return Err(Trouble::Disagreement(

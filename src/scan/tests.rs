@@ -871,6 +871,24 @@ async fn a_range_that_ends_otherwise_than_the_final_block_was_told_to_be_is_aske
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_last_final_block_that_the_blocks_behind_it_do_not_follow_is_not_accepted() {
+    let (chain, store) = (final_and_unfinal_blocks(), open_store());
+    let change = |by: u8| {
+        let mut blocks = chain.blocks.lock().unwrap();
+        blocks[10].header.block.hash[0] ^= by;
+        let block = blocks[10].header.block;
+        blocks[10].logs.iter_mut().for_each(|log| log.block = block);
+    };
+    change(1);
+    let mut scanner = scanner(&chain, &store, &[("rpc.requests_per_second", "1000")], Until::Forever);
+    assert!(matches!(scanner.step().await.unwrap(), Step::Wait(_)));
+    assert_eq!(store.cursor(), None);
+    change(1);
+    settle(&mut scanner).await;
+    assert_eq!(store.cursor(), chain.blocks.lock().unwrap().last().map(|block| block.header.block));
+}
+
+#[tokio::test(start_paused = true)]
 async fn refusals_change_the_plan_and_nothing_is_skipped() {
     let cap = NonZeroU64::new(3).unwrap();
     let table = [

@@ -71,7 +71,9 @@ impl Coming {
         let told = Arc::clone(&parent);
         let asking = AbortOnDropHandle::new(tokio::spawn(async move {
             let headers = headers(&*chain, range.from()..=newest, known).await?;
-            headers.iter().take(1).for_each(|first| drop(told.set(first.parent_hash)));
+            if let Some(first) = headers.first() {
+                told.get_or_init(|| first.parent_hash);
+            }
             let answered = Instant::now();
             let Ok((filters, how, joining, decoder)) = filters.await else {
                 let come = Come { headers, logs: None };

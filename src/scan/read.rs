@@ -152,26 +152,30 @@ impl<C: Chain> Scanner<C> {
                 false => self.look_back().await,
             };
         }
-        let end = fetched.end.block;
+        self.believe_end(&fetched.end)?;
+        self.suspected = None;
+        self.accept_range(fetched).await?;
+        self.ahead.widen();
+        Ok(Step::Progress)
+    }
+
+    /// Holds the end of a range against all that is known of it otherwise: what is accepted as final cannot be taken back.
+    fn believe_end(&mut self, header: &Header) -> Result<(), Trouble> {
+        let end = header.block;
         let is_another = |told: &mut BlockRef| told.number == end.number && told.hash != end.hash;
         if self.told_final.take_if(is_another).is_some() {
             // One of both is a lie. What is told of it next time counts.
             return Err(Trouble::Disagreement(format!("two headers of block {}", end.number)));
         }
         if self.coming.as_ref().is_some_and(|coming| coming.contradicts(end)) {
-            // The same of the headers behind it. What is accepted as final cannot be taken back.
             return Err(Trouble::Disagreement(format!("block {} does not follow", end.number + 1)));
         }
-        let seen = self.recent.get(&fetched.range.to()).filter(|_| self.followed.is_some());
-        if seen.is_some_and(|seen| seen.block != fetched.end.block) {
+        if self.followed.is_some() && self.is_seen_otherwise(header) {
             return Err(Trouble::Disagreement(
                 "the announced block is of another fork than what was read".into(),
             ));
         }
-        self.suspected = None;
-        self.accept_range(fetched).await?;
-        self.ahead.widen();
-        Ok(Step::Progress)
+        Ok(())
     }
 
     /// Has as many ranges under way as there may be.

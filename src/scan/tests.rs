@@ -503,6 +503,15 @@ async fn a_subscription_that_announces_no_more_is_noticed() {
     assert_eq!(*chain.missed.lock().unwrap(), 2);
 }
 
+/// Eight empty blocks, each read and what is final asked for anew.
+async fn go_on(chain: &Fake, reader: &mut Scanner<Fake>) {
+    for _ in 0..8 {
+        chain.extend(&[], &[]);
+        reader.finality.asked_at = None;
+        settle(reader).await;
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn escrows_long_at_their_end_are_asked_for_no_more_and_come_back_if_they_go_on() {
     let settings =
@@ -511,11 +520,7 @@ async fn escrows_long_at_their_end_are_asked_for_no_more_and_come_back_if_they_g
     chain.extend(&[1, 2, 3], &[1]);
     let store = open_store();
     let mut reader = scanner(&chain, &store, &settings, Until::Forever);
-    for _ in 0..8 {
-        chain.extend(&[], &[]);
-        reader.finality.asked_at = None;
-        settle(&mut reader).await;
-    }
+    go_on(&chain, &mut reader).await;
     assert_eq!((store.registry().len(), store.registry().watched_len()), (3, 2));
     chain.forget();
     chain.extend(&[], &[2]);
@@ -538,11 +543,7 @@ async fn escrows_long_at_their_end_are_asked_for_no_more_and_come_back_if_they_g
     assert_eq!((store.registry().len(), store.registry().watched_len()), (3, 3));
     let of_one = entries(&store).into_iter().filter(|entry| entry.escrow == escrow(1)).count();
     assert_eq!(of_one, 3, "announced, approved, approved");
-    for _ in 0..8 {
-        chain.extend(&[], &[]);
-        reader.finality.asked_at = None;
-        settle(&mut reader).await;
-    }
+    go_on(&chain, &mut reader).await;
     assert_eq!(store.registry().watched_len(), 1, "one has never ended");
 }
 
@@ -559,11 +560,7 @@ async fn an_archived_escrow_that_is_announced_again_amid_a_catch_up_is_asked_for
     chain.extend(&[1, 2], &[1]);
     let store = open_store();
     let mut reader = scanner(&chain, &store, &settings, Until::Forever);
-    for _ in 0..8 {
-        chain.extend(&[], &[]);
-        reader.finality.asked_at = None;
-        settle(&mut reader).await;
-    }
+    go_on(&chain, &mut reader).await;
     assert_eq!((store.registry().len(), store.registry().watched_len()), (2, 1));
     for number in 0..400 {
         match number {

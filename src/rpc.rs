@@ -35,7 +35,7 @@ use crate::telemetry::metrics;
 use health::Health;
 use transport::{Failure, Transport};
 use verdict::{Asked, Refusal, Verdict, classify, redact};
-use wire::Query;
+use wire::{Query, Said};
 
 /// What is logged of a provider's text, in characters.
 const MAX_TEXT: usize = 500;
@@ -420,12 +420,12 @@ impl Rpc {
         }
         if anchor.is_some() {
             let anchor = answers.pop().expect("an answer for each query");
-            if let Err(refusing) = anchor.and_then(|payload| read_anchor(&payload)) {
+            if let Err(refusing) = anchor.and_then(read_anchor) {
                 return Attempt::Outcomes(refuse_all(&refusing, calls));
             }
         }
         let outcomes = calls.iter().zip(answers).map(|(call, payload)| {
-            let outcome = payload.and_then(|payload| read(call, &payload));
+            let outcome = payload.and_then(|payload| read(call, payload));
             metrics::rpc_call(
                 wire::method(call),
                 outcome.as_ref().map_or_else(|it| it.verdict.name(), |_| "answered"),
@@ -439,7 +439,7 @@ impl Rpc {
     fn check_chain_id(
         &self,
         provider: &Provider,
-        payload: Result<Box<RawValue>, Refusing>,
+        payload: Result<Said, Refusing>,
     ) -> Result<Option<u64>, Refusing> {
         let found =
             wire::chain_id(&payload?).map_err(|error| useless(format!("an unexpected chain id: {error}")))?;
@@ -456,7 +456,7 @@ impl Rpc {
         &self,
         provider: &Provider,
         queries: &[Query<'_>],
-    ) -> Result<Vec<Result<Box<RawValue>, Refusing>>, Refusing> {
+    ) -> Result<Vec<Result<Said, Refusing>>, Refusing> {
         // Never used twice: over a web socket a late answer would pass for another call's.
         let first = self.next_id.fetch_add(queries.len() as u64, Ordering::Relaxed);
         self.pace(queries.len()).await;
@@ -485,7 +485,7 @@ impl Rpc {
             }
             ResponsePacket::Single(response) => vec![response],
         };
-        let mut payloads: Vec<Option<ResponsePayload>> = queries.iter().map(|_| None).collect();
+        let mut payloads: Vec<Option<ResponsePayload<Said>>> = queries.iter().map(|_| None).collect();
         for response in responses {
             if let Id::Number(id) = response.id
                 && let Some(slot) = id.checked_sub(first).and_then(|place| payloads.get_mut(place as usize))
@@ -647,11 +647,11 @@ fn weight(asked: &Asked) -> (u64, usize) {
 
 fn judge_payload(
     query: &Query<'_>,
-    payload: Option<ResponsePayload>,
+    payload: Option<ResponsePayload<Said>>,
     http_status: Option<u16>,
     retry_after: Option<Duration>,
     told: &[RefusalText],
-) -> Result<Box<RawValue>, Refusing> {
+) -> Result<Said, Refusing> {
     match payload {
         None => Err(useless("the batch was answered only partly".to_owned())),
         Some(ResponsePayload::Success(result)) => Ok(result),
@@ -672,14 +672,13 @@ fn judge_payload(
     }
 }
 
-fn read(call: &Call, result: &RawValue) -> Outcome {
+fn read(call: &Call, result: Said) -> Outcome {
     wire::answer(call, result).map_err(|error| useless(format!("an unexpected result: {error}")))
 }
 
 /// The node answering must have the last block of the range: else its logs may be missing without a word.
-fn read_anchor(result: &RawValue) -> Result<(), Refusing> {
-    let header = serde_json::from_str::<Option<serde::de::IgnoredAny>>(result.get());
-    match header {
+fn read_anchor(result: Said) -> Result<(), Refusing> {
+    match result.header() {
         Ok(Some(_)) => Ok(()),
         Ok(None) => {
             let message = "it does not have the last block of the range".to_owned();

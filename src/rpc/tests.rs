@@ -167,6 +167,24 @@ async fn a_batch_answered_in_another_order_is_matched_by_id_and_only_what_is_mis
 }
 
 #[tokio::test]
+async fn one_result_of_no_known_shape_is_asked_for_again_and_the_others_are_taken() {
+    for odd in [json!(true), json!([1]), json!({"number": "0x3"})] {
+        let server = Server::start(move |number, request| {
+            let mut answers = all(request);
+            if number == 1 {
+                answers[2]["result"] = odd.clone();
+            }
+            (200, "", if request.is_array() { json!(answers).to_string() } else { answers[0].to_string() })
+        })
+        .await;
+        let rpc = rpc(&[&server], 100);
+        rpc.ask(headers(1)).await.unwrap();
+        assert_eq!(numbers(rpc.ask(headers(5)).await.unwrap()), [1, 2, 3, 4, 5]);
+        assert_eq!(server.calls(), [2, 5, 1]);
+    }
+}
+
+#[tokio::test]
 async fn faults_are_waited_out_without_shrinking_anything() {
     let error = |code: i64, message: &str| json!({"jsonrpc": "2.0", "id": 1, "error": {"code": code, "message": message}});
     let table: Vec<(&str, (u16, &'static str, String))> = vec![

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use alloy::pubsub::{PubSubConnect, PubSubFrontend, RawSubscription};
-use alloy::rpc::json_rpc::{RequestPacket, ResponsePacket, ResponsePayload, SerializedRequest};
+use alloy::rpc::json_rpc::{RequestPacket, Response, ResponsePacket, ResponsePayload, SerializedRequest};
 use alloy::transports::ws::WsConnect;
 use alloy::transports::{RpcError, TransportResult};
 use reqwest::header::{CONTENT_TYPE, RETRY_AFTER};
@@ -12,6 +12,7 @@ use tokio::sync::Mutex;
 use tokio::time::{Instant, timeout_at};
 
 use super::verdict::redact;
+use super::wire::Said;
 use crate::config::SecretUrl;
 
 /// What is read of one answer at most, in bytes: beyond it the range is too large for anyone's good.
@@ -42,7 +43,7 @@ impl Failure {
 
 /// What came back.
 pub(super) struct Reply {
-    pub packet: ResponsePacket,
+    pub packet: ResponsePacket<Said>,
     pub http_status: Option<u16>,
     pub retry_after: Option<Duration>,
 }
@@ -90,7 +91,7 @@ impl Transport {
             Self::Http { client, url } => http(client, url, &packet).await,
             Self::WebSocket(socket) => {
                 let packet = socket.exchange(async |frontend| frontend.send_packet(packet).await).await?;
-                Ok(Reply { packet, http_status: None, retry_after: None })
+                Ok(Reply { packet: as_said(packet), http_status: None, retry_after: None })
             }
         }
     }
@@ -123,7 +124,7 @@ async fn http(client: &reqwest::Client, url: &SecretUrl, packet: &RequestPacket)
         }
         bytes.extend_from_slice(&chunk);
     }
-    match serde_json::from_slice(&bytes) {
+    match read_packet(&bytes) {
         Ok(packet) => {
             Ok(Reply { packet, http_status: (!status.is_success()).then(|| status.as_u16()), retry_after })
         }
@@ -135,6 +136,29 @@ async fn http(client: &reqwest::Client, url: &SecretUrl, packet: &RequestPacket)
         Err(_) if let Some(message) = refusal_in(&bytes) => Err(failure(true, redact(&message, MAX_TEXT))),
         Err(error) => {
             Err(failure(false, format!("the body is not a JSON-RPC answer ({} bytes): {error}", bytes.len())))
+        }
+    }
+}
+
+/// Reads an answer once; a second time if it is of another shape than most, so that each call has what was said to it.
+fn read_packet(bytes: &[u8]) -> Result<ResponsePacket<Said>, serde_json::Error> {
+    // It is looked at whole: text by text takes longer.
+    let text = std::str::from_utf8(bytes).map_err(serde::de::Error::custom)?;
+    serde_json::from_str(text).or_else(|_| serde_json::from_str(text).map(as_said))
+}
+
+fn as_said(packet: ResponsePacket) -> ResponsePacket<Said> {
+    let said = |response: Response| Response {
+        id: response.id,
+        payload: match response.payload {
+            ResponsePayload::Success(raw) => ResponsePayload::Success(Said::Raw(raw)),
+            ResponsePayload::Failure(failure) => ResponsePayload::Failure(failure),
+        },
+    };
+    match packet {
+        ResponsePacket::Single(response) => ResponsePacket::Single(said(response)),
+        ResponsePacket::Batch(responses) => {
+            ResponsePacket::Batch(responses.into_iter().map(said).collect())
         }
     }
 }

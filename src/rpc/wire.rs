@@ -2,9 +2,10 @@
 
 use alloy::primitives::{Address, B256, Bytes, Selector};
 use alloy::rpc::json_rpc::{Id, Request, SerializedRequest};
-use serde::de::{self, Deserializer, Visitor};
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{self, DeserializeOwned, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize, Serializer};
-use serde_json::value::RawValue;
+use serde_json::value::{RawValue, to_raw_value};
 
 use super::verdict::Asked;
 use crate::event::{Addresses, BlockRef, Header, Log};
@@ -70,7 +71,7 @@ pub(super) fn missing_anchor(calls: &[Call]) -> Option<u64> {
 }
 
 fn serialize(method: &'static str, id: u64, params: impl Serialize) -> SerializedRequest {
-    let params = serde_json::value::to_raw_value(&params).expect("parameters are plain JSON");
+    let params = to_raw_value(&params).expect("parameters are plain JSON");
     Request::new(method, Id::Number(id), params).try_into().expect("a request is plain JSON")
 }
 
@@ -89,29 +90,87 @@ pub(super) fn asked(call: &Call) -> Asked {
     }
 }
 
-/// Reads the result of `call`.
-pub(super) fn answer(call: &Call, result: &RawValue) -> Result<Answer, serde_json::Error> {
-    match call {
-        Call::Header(_) => {
-            let header: Option<RawHeader> = serde_json::from_str(result.get())?;
-            Ok(Answer::Header(header.map(Header::from)))
+/// The result of a call as it comes, read once: what it is shows in its shape.
+#[derive(Clone, Debug)]
+pub(super) enum Said {
+    /// A list: logs, without those of a fork already given up. Some gateways hand these out; they are never events.
+    Logs(Vec<Log>),
+    /// An object.
+    Header(Header),
+    /// Text or nothing; or what did not come that way, of any shape.
+    Raw(Box<RawValue>),
+}
+
+impl Said {
+    /// What it is, if it is of neither shape.
+    fn read<T: DeserializeOwned>(&self) -> Result<T, serde_json::Error> {
+        match self {
+            Self::Raw(raw) => serde_json::from_str(raw.get()),
+            Self::Logs(_) => Err(de::Error::custom("a list")),
+            Self::Header(_) => Err(de::Error::custom("an object")),
         }
-        Call::Code(_) => {
-            let code: Bytes = serde_json::from_str(result.get())?;
-            Ok(Answer::Code(!code.is_empty()))
+    }
+
+    /// Reads a header; `None`: the node does not have the block.
+    pub fn header(self) -> Result<Option<Header>, serde_json::Error> {
+        match self {
+            Self::Header(header) => Ok(Some(header)),
+            other => Ok(other.read::<Option<RawHeader>>()?.map(Header::from)),
         }
-        Call::Read { .. } => Ok(Answer::Output(serde_json::from_str(result.get())?)),
-        Call::Logs(_) => {
-            let logs: Vec<RawLog> = serde_json::from_str(result.get())?;
-            // A log of a fork already given up: some gateways hand them out. Never an event.
-            Ok(Answer::Logs(logs.into_iter().filter(|log| !log.removed).map(Log::from).collect()))
+    }
+
+    fn logs(self) -> Result<Vec<Log>, serde_json::Error> {
+        match self {
+            Self::Logs(logs) => Ok(logs),
+            other => Ok(other.read::<Vec<RawLog>>()?.into_iter().filter_map(RawLog::standing).collect()),
         }
     }
 }
 
+/// Fails if a list is not one of logs, or an object no header.
+impl<'de> Deserialize<'de> for Said {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Shape;
+        impl<'de> Visitor<'de> for Shape {
+            type Value = Said;
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("logs, a header or text")
+            }
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Said, A::Error> {
+                let mut logs = Vec::new();
+                while let Some(log) = list.next_element::<RawLog>()? {
+                    logs.extend(log.standing());
+                }
+                Ok(Said::Logs(logs))
+            }
+            fn visit_map<A: MapAccess<'de>>(self, object: A) -> Result<Said, A::Error> {
+                let header = RawHeader::deserialize(MapAccessDeserializer::new(object))?;
+                Ok(Said::Header(header.into()))
+            }
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Said, E> {
+                to_raw_value(text).map(Said::Raw).map_err(E::custom)
+            }
+            fn visit_unit<E: de::Error>(self) -> Result<Said, E> {
+                to_raw_value(&()).map(Said::Raw).map_err(E::custom)
+            }
+        }
+        deserializer.deserialize_any(Shape)
+    }
+}
+
+/// Reads the result of `call`.
+pub(super) fn answer(call: &Call, result: Said) -> Result<Answer, serde_json::Error> {
+    match call {
+        Call::Header(_) => Ok(Answer::Header(result.header()?)),
+        Call::Code(_) => Ok(Answer::Code(!result.read::<Bytes>()?.is_empty())),
+        Call::Read { .. } => Ok(Answer::Output(result.read()?)),
+        Call::Logs(_) => Ok(Answer::Logs(result.logs()?)),
+    }
+}
+
 /// Reads the result of `eth_chainId`.
-pub(super) fn chain_id(result: &RawValue) -> Result<u64, serde_json::Error> {
-    serde_json::from_str::<Quantity>(result.get()).map(|quantity| quantity.0)
+pub(super) fn chain_id(result: &Said) -> Result<u64, serde_json::Error> {
+    result.read::<Quantity>().map(|quantity| quantity.0)
 }
 
 struct Tag(BlockTag);
@@ -198,18 +257,19 @@ struct RawLog {
     removed: bool,
 }
 
-impl From<RawLog> for Log {
-    fn from(raw: RawLog) -> Self {
-        Self {
-            address: raw.address,
-            topics: raw.topics,
-            data: raw.data,
-            block: BlockRef { number: raw.block_number.0, hash: raw.block_hash },
-            transaction_hash: raw.transaction_hash,
-            transaction_index: raw.transaction_index.0,
-            log_index: raw.log_index.0,
-            block_timestamp: raw.block_timestamp.map(|quantity| quantity.0),
-        }
+impl RawLog {
+    /// The log, unless it is of a fork already given up.
+    fn standing(self) -> Option<Log> {
+        (!self.removed).then(|| Log {
+            address: self.address,
+            topics: self.topics,
+            data: self.data,
+            block: BlockRef { number: self.block_number.0, hash: self.block_hash },
+            transaction_hash: self.transaction_hash,
+            transaction_index: self.transaction_index.0,
+            log_index: self.log_index.0,
+            block_timestamp: self.block_timestamp.map(|quantity| quantity.0),
+        })
     }
 }
 
@@ -241,8 +301,8 @@ mod tests {
     use super::*;
     use crate::event::BlockRange;
 
-    fn raw(text: &str) -> Box<RawValue> {
-        RawValue::from_string(text.to_owned()).unwrap()
+    fn raw(text: &str) -> Said {
+        Said::Raw(RawValue::from_string(text.to_owned()).unwrap())
     }
 
     const LOG: &str = r#"{"address":"0x00000000000000000000000000000000000000aa","topics":["0x5d91bd0cecc45fef102af61de92c5462fad884a5ce9e21c15e0a85b9a4f7c8a4"],
@@ -265,9 +325,11 @@ mod tests {
             topics: std::sync::Arc::from([]),
         });
         for (extra, expected) in table {
-            let result = raw(&format!("[{}]", LOG.replace("EXTRA", extra)));
-            let logs = answer(&call, &result).unwrap().logs();
-            assert_eq!(logs.first().map(|log| log.block_timestamp), expected, "{extra}");
+            let text = format!("[{}]", LOG.replace("EXTRA", extra));
+            for said in [serde_json::from_str(&text).unwrap(), raw(&text)] {
+                let logs = answer(&call, said).unwrap().logs();
+                assert_eq!(logs.first().map(|log| log.block_timestamp), expected, "{extra}");
+            }
         }
     }
 

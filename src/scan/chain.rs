@@ -111,7 +111,7 @@ pub enum Span {
 }
 
 /// One answer, of the kind of its call.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Answer {
     /// `None`: the node has no such block.
     Header(Option<Header>),

@@ -89,9 +89,19 @@ fn calls() -> [Call; 3] {
     [Call::Header(BlockTag::Latest), Call::Code(Address::ZERO), Call::Logs(filter)]
 }
 
-/// The answer, if the value is one.
+/// The answer, if the value is one. It is the same whether the value is read as it comes, or kept and read later.
 fn answer(call: &Call, value: &Value) -> Option<Answer> {
-    wire::answer(call, &to_raw_value(value).unwrap()).ok()
+    let later = wire::answer(call, raw(value)).ok();
+    if let Ok(said) = serde_json::from_str::<Said>(&value.to_string()) {
+        let at_once = wire::answer(call, said).ok();
+        // As a list of no bytes it would be code.
+        assert!(at_once == later || *value == json!([]), "{call:?}: {value}");
+    }
+    later
+}
+
+fn raw(value: &Value) -> Said {
+    Said::Raw(to_raw_value(value).unwrap())
 }
 
 #[test]
@@ -101,6 +111,25 @@ fn good_answers_are_read() {
     assert!(answer(&header, &Value::Null).unwrap().header().is_none());
     assert!(!answer(&code, &json!("0x")).unwrap().code());
     assert_eq!(answer(&logs, &json!([good_log()])).unwrap().logs()[0].log_index, 3);
+}
+
+#[test]
+fn lists_objects_text_and_nothing_are_read_as_they_come() {
+    let [header, code, logs] = calls();
+    let read = Call::Read { contract: Address::ZERO, selector: Default::default(), at: 1 };
+    let table = [
+        (json!([good_log()]), [false, false, true, false]),
+        (json!([]), [false, false, true, false]),
+        (good_header(), [true, false, false, false]),
+        (json!("0x60"), [false, true, false, true]),
+        (Value::Null, [true, false, false, false]),
+    ];
+    for (value, fits) in table {
+        let said = || serde_json::from_str::<Said>(&value.to_string()).unwrap();
+        let fit = [&header, &code, &logs, &read].map(|call| wire::answer(call, said()).is_ok());
+        assert_eq!(fit, fits, "{value}");
+    }
+    assert!(serde_json::from_str::<Said>(&json!([good_log(), 1]).to_string()).is_err(), "it is no list of logs");
 }
 
 proptest! {
@@ -116,7 +145,7 @@ proptest! {
                 other => prop_assert!(false, "{other:?}"),
             }
         }
-        if let Ok(id) = wire::chain_id(&to_raw_value(&value).unwrap()) {
+        if let Ok(id) = wire::chain_id(&raw(&value)) {
             let digits = value.as_str().map_or_else(|| value.to_string(), |text| text[2..].to_owned());
             let radix = if value.is_string() { 16 } else { 10 };
             prop_assert_eq!(u64::from_str_radix(&digits, radix).ok(), Some(id));

@@ -76,13 +76,15 @@ impl Fetched {
 
 pub(super) struct Ahead {
     slots: VecDeque<Slot>,
+    /// Announced in what was handed out and is not accepted yet.
+    leaving: Vec<Address>,
     /// Ranges to have under way: one after trouble, more as they are answered.
     width: usize,
 }
 
 impl Default for Ahead {
     fn default() -> Self {
-        Self { slots: VecDeque::new(), width: 1 }
+        Self { slots: VecDeque::new(), leaving: Vec::new(), width: 1 }
     }
 }
 
@@ -158,8 +160,9 @@ impl Ahead {
         left.div_ceil((left / CATCH_UP).clamp(1, free as u64))
     }
 
-    /// A range was answered, and accepted.
-    pub fn widen(&mut self) {
+    /// What was handed out is accepted.
+    pub fn accepted(&mut self) {
+        self.leaving.clear();
         self.width = (self.width * 2).min(RANGES);
     }
 
@@ -168,16 +171,21 @@ impl Ahead {
         self.slots.back().map(|slot| slot.range.to() + 1)
     }
 
-    /// Escrows announced in what is not handed out, and not asked for when it came; `None` while it is not known of all.
+    /// Escrows announced in what is not accepted, and not asked for when it came; `None` while it is not known of all.
     pub fn announced(&self) -> Option<AddressSet> {
-        let mut all = AddressSet::default();
+        let mut all: AddressSet = self.leaving.iter().copied().collect();
         for slot in &self.slots {
             all.extend(slot.fresh.as_ref()?.iter().map(|(escrow, _)| *escrow));
         }
         Some(all)
     }
 
-    /// Whether nothing is under way.
+    /// Whether something is under way.
+    pub fn is_under_way(&self) -> bool {
+        self.slots.iter().any(|slot| matches!(slot.state, State::Asking(_)))
+    }
+
+    /// Whether nothing is under way, and all of it is there.
     pub fn is_there(&self) -> bool {
         self.slots.iter().all(|slot| matches!(slot.state, State::There(_)))
     }
@@ -190,6 +198,7 @@ impl Ahead {
     /// What is under way is of no use any more.
     pub fn clear(&mut self) {
         self.slots.clear();
+        self.leaving.clear();
         self.width = 1;
     }
 
@@ -231,7 +240,9 @@ impl Ahead {
             State::There(there) => {
                 let (Ends { parent, end }, harvest) = *there;
                 let end = end.expect("what was cut is followed up");
-                let Slot { range, way, addresses, started, .. } = self.slots.pop_front().expect("it is");
+                let Slot { range, way, addresses, started, fresh, .. } =
+                    self.slots.pop_front().expect("it is");
+                self.leaving.extend(fresh.iter().flatten().map(|(escrow, _)| *escrow));
                 let logs = harvest.logs.len();
                 let answered = vec![Answered { blocks: range.blocks(), addresses, logs }];
                 let harvests = vec![harvest];
@@ -275,7 +286,7 @@ impl Ahead {
     pub fn follow<C: Chain>(&mut self, chain: &Arc<C>, following: &Following) {
         self.drop_unanswered();
         self.cut_dense(following);
-        let slots = self.slots.make_contiguous();
+        let (slots, leaving) = (self.slots.make_contiguous(), &self.leaving);
         for place in 0..slots.len() {
             let ahead = place > 0;
             let (earlier, later) = slots.split_at_mut(place);
@@ -292,7 +303,7 @@ impl Ahead {
                 && let State::There(there) = &slot.state
             {
                 let (start, is_whole) = (slot.range.from(), there.0.end.is_some());
-                match slot.news(following, earlier, is_new) {
+                match slot.news(following, leaving, earlier, is_new) {
                     Some((from, addresses)) if is_whole => {
                         slot.follow(chain, following, ahead, from, addresses)
                     }
@@ -326,7 +337,13 @@ impl Ahead {
 impl Slot {
     /// Escrows whose logs were not asked for, and the first block in which they may have some: who has arrived since the
     /// last look, and if the range `is_new`, who was announced in it and in the ranges before it.
-    fn news(&mut self, following: &Following, earlier: &[Slot], is_new: bool) -> Option<(u64, Vec<Address>)> {
+    fn news(
+        &mut self,
+        following: &Following,
+        leaving: &[Address],
+        earlier: &[Slot],
+        is_new: bool,
+    ) -> Option<(u64, Vec<Address>)> {
         let Self { range, arrivals, state: State::There(there), fresh, .. } = self else {
             unreachable!("only what is there is looked at");
         };
@@ -344,7 +361,8 @@ impl Slot {
         drop(registry);
         if is_new {
             let before = earlier.iter().flat_map(|slot| slot.fresh.iter().flatten());
-            before.for_each(|(escrow, _)| look_at(*escrow, start));
+            let before = before.map(|(escrow, _)| escrow).chain(leaving);
+            before.for_each(|escrow| look_at(*escrow, start));
             fresh.iter().flatten().for_each(|(escrow, block)| look_at(*escrow, block.number));
         }
         (!addresses.is_empty()).then_some((from, addresses))
@@ -409,15 +427,14 @@ impl Slot {
 }
 
 /// `way`: in which what turns up in it is still to be asked for, by addresses.
-fn asking<C: Chain>(chain: Arc<C>, decoder: Decoder, ask: Ask, mut harvest: Harvest, way: Way) -> State {
+fn asking<C: Chain>(chain: Arc<C>, decoder: Decoder, ask: Ask, harvest: Harvest, way: Way) -> State {
     let ahead = ask.ahead;
     let asked = async move {
-        let Some(ends) = ask_range(&*chain, ask, &mut harvest).await? else {
+        let Some((ends, harvest)) = ask_range(&*chain, ask, harvest.encode(&decoder)).await? else {
             return Ok(None);
         };
-        let to_be_followed = |harvest: &Harvest| {
-            way == Way::Addresses && !harvest.unwatched(&decoder.store.registry()).is_empty()
-        };
+        let to_be_followed =
+            |harvest: &Harvest| way == Way::Addresses && harvest.has_unwatched(&decoder.store.registry());
         let harvest = harvest.prepare(&*chain, &decoder, ahead, to_be_followed).await?;
         Ok(Some(Box::new((ends, harvest))))
     };

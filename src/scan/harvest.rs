@@ -133,22 +133,19 @@ impl Harvest {
         Self { logs, forks, times, announced, expected, fresh_logs: later, ready }
     }
 
-    /// Reads the announcements among what was gathered, on as many cores as there is work for.
+    /// Reads whom the announcements among what was gathered name, on as many cores as there is work for.
     fn read_announcements(&mut self, decoder: &Decoder) {
         let by_factory = |place: &&Place| self.logs[place].address == decoder.factory;
-        let places: Vec<Place> = self.fresh_logs.iter().filter(by_factory).copied().collect();
+        let is_new = |place: &&Place| by_factory(place) && !self.announced.contains_key(place);
+        let places: Vec<Place> = self.fresh_logs.iter().filter(is_new).copied().collect();
         let read = on_cores(&places, |place| {
             let log = &self.logs[place];
-            let Recognised::Known(decoded) = decoder.signatures.recognise(Role::Announcement, log) else {
-                return None;
-            };
-            let event = self.time_of(log).map(|time| decoded.event(decoder.chain_id, log, time));
-            Some((*place, (decoded.escrow(log), log.block), event))
+            match decoder.signatures.recognise(Role::Announcement, log) {
+                Recognised::Known(decoded) => Some((*place, (decoded.escrow(log), log.block))),
+                Recognised::Malformed(_) | Recognised::Unknown => None,
+            }
         });
-        for (place, announced, event) in read {
-            self.announced.insert(place, announced);
-            self.ready.extend(event.map(|event| (place, event)));
-        }
+        self.announced.extend(read);
     }
 
     /// What is gathered and not decoded of contracts that are ours. Of others (filters without addresses bring them) is kept
@@ -163,10 +160,9 @@ impl Harvest {
                 || announced.contains(address)
                 || self.expected.contains(address)
         };
-        let (mut ours, others): (Vec<Place>, Vec<Place>) =
+        let (ours, others): (Vec<Place>, Vec<Place>) =
             std::mem::take(&mut self.fresh_logs).into_iter().partition(is_ours);
         self.fresh_logs = others;
-        ours.retain(|place| !self.ready.contains_key(place));
         ours
     }
 
@@ -182,10 +178,8 @@ impl Harvest {
         let decoded = on_cores(places, |place| {
             let log = &self.logs[place];
             let time = self.time_of(log)?;
-            if log.address == decoder.factory {
-                return None;
-            }
-            match decoder.signatures.recognise(Role::Lifecycle, log) {
+            let role = if log.address == decoder.factory { Role::Announcement } else { Role::Lifecycle };
+            match decoder.signatures.recognise(role, log) {
                 Recognised::Known(decoded) => Some((*place, decoded.event(decoder.chain_id, log, time))),
                 // Said where it is known whether it counts.
                 Recognised::Malformed(_) | Recognised::Unknown => None,
@@ -207,8 +201,9 @@ impl Harvest {
         .await
     }
 
-    /// Makes events of what was gathered, as far as it can be said by now which logs are; asks for times that are missing,
-    /// unless these are `to_be_followed` by others: then for all at once, the next time. `ahead`: nobody waits for it yet.
+    /// Makes events of what was gathered, as far as it can be said by now which logs are, and asks for times that are missing.
+    /// `ahead`: nobody waits for it yet. If others are `to_be_followed`, only reads who is announced: these are to be asked for,
+    /// and the rest can be done [meanwhile](Self::encode).
     pub async fn prepare<C: Chain>(
         self,
         chain: &C,
@@ -218,18 +213,30 @@ impl Harvest {
     ) -> Result<Self, Trouble> {
         let (fresh, with) = (self.fresh_logs.len(), decoder.clone());
         let mut harvest = self.aside(fresh, move |harvest| harvest.read_announcements(&with)).await;
-        let mut places = harvest.take_ours(decoder);
-        let untimed = harvest.untimed(&places);
-        let untimed_yet = !untimed.is_empty()
-            && (to_be_followed(&harvest) || !harvest.ask_times(chain, untimed, ahead).await?);
-        if untimed_yet {
-            let (timed, rest) =
-                places.into_iter().partition(|place| harvest.time_of(&harvest.logs[place]).is_some());
-            harvest.fresh_logs.extend::<Vec<Place>>(rest);
-            places = timed;
+        if to_be_followed(&harvest) {
+            return Ok(harvest);
         }
+        let places = harvest.take_ours(decoder);
+        let untimed = harvest.untimed(&places);
+        if !untimed.is_empty() {
+            harvest.ask_times(chain, untimed, ahead).await?;
+        }
+        Ok(harvest.encode_these(decoder, places).await)
+    }
+
+    /// Makes events of what was gathered, as far as it can be done without asking.
+    pub async fn encode(mut self, decoder: &Decoder) -> Self {
+        let places = self.take_ours(decoder);
+        self.encode_these(decoder, places).await
+    }
+
+    /// Those whose times are unknown stay as they are.
+    async fn encode_these(mut self, decoder: &Decoder, places: Vec<Place>) -> Self {
+        let is_timed = |place: &Place| self.time_of(&self.logs[place]).is_some();
+        let (timed, rest): (Vec<Place>, Vec<Place>) = places.into_iter().partition(is_timed);
+        self.fresh_logs.extend(rest);
         let with = decoder.clone();
-        Ok(harvest.aside(places.len(), move |harvest| harvest.decode(&with, &places)).await)
+        self.aside(timed.len(), move |harvest| harvest.decode(&with, &timed)).await
     }
 
     /// `false`: it was asked for ahead, and not answered.
@@ -264,7 +271,12 @@ impl Harvest {
 
     /// Escrows announced here that nobody asks for: the same, and archived ones.
     pub fn unwatched(&self, registry: &Registry) -> Vec<(Address, BlockRef)> {
-        self.announced_unless(|escrow| registry.is_watched(escrow) || registry.is_joining(escrow))
+        self.announced_unless(|escrow| is_asked_for(registry, escrow))
+    }
+
+    /// Whether there are any.
+    pub fn has_unwatched(&self, registry: &Registry) -> bool {
+        self.announced.values().any(|(escrow, _)| !is_asked_for(registry, escrow))
     }
 
     fn announced_unless(&self, is_known: impl Fn(&Address) -> bool) -> Vec<(Address, BlockRef)> {
@@ -328,6 +340,11 @@ impl Harvest {
         stretch.announced[announced..].sort_by_key(|(escrow, block)| (block.number, *escrow));
         others
     }
+}
+
+/// Whether it is watched, or a late read is about to see to that.
+fn is_asked_for(registry: &Registry, escrow: &Address) -> bool {
+    registry.is_watched(escrow) || registry.is_joining(escrow)
 }
 
 /// What becomes of each, in order, where something does.
@@ -400,12 +417,13 @@ pub(super) struct Ends {
 }
 
 /// Asks for a range: with its logs come the headers of its ends, so that it is known where it belongs and that the node
-/// answering has all of it. `None`: it was asked for ahead, and not answered.
+/// answering has all of it. They are added to the harvest that `meanwhile` makes. `None`: it was asked for ahead, and not
+/// answered.
 pub(super) async fn ask_range<C: Chain>(
     chain: &C,
     request: Ask,
-    harvest: &mut Harvest,
-) -> Result<Option<Ends>, Trouble> {
+    meanwhile: impl Future<Output = Harvest>,
+) -> Result<Option<(Ends, Harvest)>, Trouble> {
     let Ask { range, linked, ahead, told, logs } = request;
     let header = |number| Call::Header(BlockTag::Number(number));
     let single = range.from() == range.to();
@@ -413,7 +431,8 @@ pub(super) async fn ask_range<C: Chain>(
     calls.extend((linked && !single).then(|| header(range.from())));
     let heads = calls.len();
     calls.extend(logs);
-    let Some(mut answers) = ask(chain, calls, ahead).await? else {
+    let (answers, mut harvest) = tokio::join!(ask(chain, calls, ahead), meanwhile);
+    let Some(mut answers) = answers? else {
         return Ok(None);
     };
     let logs = answers.split_off(heads);
@@ -435,5 +454,6 @@ pub(super) async fn ask_range<C: Chain>(
     for logs in logs {
         harvest.gather(logs.logs(), range, &end)?;
     }
-    Ok(Some(Ends { parent: parent.or(told.and_then(|told| told.parent)), end: Some(end) }))
+    let parent = parent.or(told.and_then(|told| told.parent));
+    Ok(Some((Ends { parent, end: Some(end) }, harvest)))
 }

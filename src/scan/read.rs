@@ -1,6 +1,7 @@
 //! Reading blocks: which calls, in which way, and the commit of what they bring.
 
 use std::collections::BTreeMap;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -30,7 +31,7 @@ impl<C: Chain> Scanner<C> {
     /// Reads the first part of the pending blocks.
     pub(super) async fn read(&mut self, pending: BlockRange) -> Result<Step, Trouble> {
         let (next, target) = (pending.from(), pending.to());
-        let last_final = self.finalized.unwrap_or(0).min(target);
+        let last_final = self.last_final();
         if next <= last_final {
             return self.read_range(next, last_final, RANGES).await;
         }
@@ -54,10 +55,11 @@ impl<C: Chain> Scanner<C> {
         }
     }
 
-    /// Asks for the unfinal blocks behind the `last` final one, once all ranges up to there are under way: for the headers
+    /// Asks for the unfinal blocks behind the last final one, once all ranges up to there are under way: for the headers
     /// first, for the logs as soon as it is known who was announced until there. Where calls are scarce, nothing waits behind
     /// these: they are made when the ranges need no more.
-    fn ask_coming(&mut self, last: u64) {
+    fn ask_coming(&mut self) {
+        let last = self.last_final();
         let is_in_doubt = self.looks > 0 || self.suspected.is_some();
         if self.ahead.next() <= Some(last) || self.settings.reading == Reading::Ranged || is_in_doubt {
             return;
@@ -120,19 +122,12 @@ impl<C: Chain> Scanner<C> {
         if self.ahead.is_empty() {
             return Ok(Step::Idle);
         }
-        let following = Following {
-            decoder: self.decoder.clone(),
-            topics: Arc::clone(&self.lifecycle_topics),
-            at_once: self.limits.addresses(),
-            everyone: self.limits.everyone(),
-        };
         let fetched = loop {
-            self.ahead.follow(&self.chain, &following);
+            self.follow_up();
             if self.ahead.is_empty() {
                 // What was asked for ahead was not answered: now it is needed.
                 return Ok(Step::Wait(Duration::ZERO));
             }
-            self.ask_coming(last);
             let first = self.ahead.take_first(&self.store.registry());
             match first? {
                 Some(fetched) => break fetched,
@@ -155,8 +150,25 @@ impl<C: Chain> Scanner<C> {
         self.believe_end(&fetched.end)?;
         self.suspected = None;
         self.accept_range(fetched).await?;
-        self.ahead.widen();
+        self.ahead.accepted();
         Ok(Step::Progress)
+    }
+
+    /// Asks for what is wanted of the ranges under way, by all that is there, and behind them.
+    fn follow_up(&mut self) {
+        let following = Following {
+            decoder: self.decoder.clone(),
+            topics: Arc::clone(&self.lifecycle_topics),
+            at_once: self.limits.addresses(),
+            everyone: self.limits.everyone(),
+        };
+        self.ahead.follow(&self.chain, &following);
+        self.ask_coming();
+    }
+
+    /// The last final block that is to be read.
+    fn last_final(&self) -> u64 {
+        self.finalized.unwrap_or(0).min(self.target.unwrap_or(0))
     }
 
     /// Holds the end of a range against all that is known of it otherwise: what is accepted as final cannot be taken back.
@@ -447,12 +459,20 @@ impl<C: Chain> Scanner<C> {
         Ok(others)
     }
 
-    async fn commit(&self, stretch: Stretch) -> Result<(), Trouble> {
+    /// Meanwhile what comes of the ranges behind it is followed up.
+    async fn commit(&mut self, stretch: Stretch) -> Result<(), Trouble> {
         let stretch = Arc::new(stretch);
-        let committed = Arc::clone(&stretch);
-        let committing = Instant::now();
-        on_disk(&self.store, move |store| store.accept(&committed)).await?;
-        metrics::commit_took("blocks", committing.elapsed());
+        let (store, to_commit) = (Arc::clone(&self.store), Arc::clone(&stretch));
+        let began = Instant::now();
+        let mut committing = pin!(on_disk(&store, move |store| store.accept(&to_commit)));
+        loop {
+            tokio::select! {
+                biased;
+                committed = &mut committing => break committed?,
+                () = self.ahead.wait(), if self.ahead.is_under_way() => self.follow_up(),
+            }
+        }
+        metrics::commit_took("blocks", began.elapsed());
         metrics::events(stretch.events.iter().map(|event| &*event.name));
         say_found(&stretch.announced, &stretch.quarantined);
         if stretch.events.len() > DROPPED_ASIDE {

@@ -203,7 +203,7 @@ impl Desk {
         Ok(())
     }
 
-    fn recognise(&self, log: &Log) -> Result<crate::event::Decoded<'_>, String> {
+    fn recognise(&self, log: &Log) -> Result<crate::event::Decoded, String> {
         let role = match log.address == self.config.factory.address {
             true => Role::Announcement,
             false if self.store.registry().counts(&log.address, log.block.number) => Role::Lifecycle,

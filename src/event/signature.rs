@@ -1,6 +1,7 @@
 //! Which events are relayed, and the decoding of a log into one.
 
 use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
 
 use alloy::dyn_abi::{DynSolEvent, DynSolValue, Specifier};
 use alloy::json_abi::{Event as AbiEvent, EventParam};
@@ -74,23 +75,23 @@ struct Signature {
 
 /// What a log turned out to be.
 #[derive(Debug)]
-pub enum Recognised<'a> {
+pub enum Recognised {
     /// Nothing this relayer relays.
     Unknown,
     /// A known event.
-    Known(Decoded<'a>),
+    Known(Decoded),
     /// A known topic whose topics or data do not decode: to be kept aside with the reason.
     Malformed(String),
 }
 
 /// A known event's arguments, decoded; what is missing to encode it is the block's time.
 #[derive(Debug)]
-pub struct Decoded<'a> {
-    signature: &'a Signature,
+pub struct Decoded {
+    signature: Arc<Signature>,
     values: Vec<DynSolValue>,
 }
 
-impl Decoded<'_> {
+impl Decoded {
     /// The escrow announced, or the one that emitted `log`.
     pub fn escrow(&self, log: &Log) -> Address {
         self.signature.child.and_then(|index| self.values[index].as_address()).unwrap_or(log.address)
@@ -113,7 +114,7 @@ impl Decoded<'_> {
 
     /// Encodes the event. `timestamp`: the block's, in seconds since 1970.
     pub fn event(&self, chain_id: u64, log: &Log, timestamp: u64) -> Event {
-        let signature = self.signature;
+        let signature = &*self.signature;
         let (event, names, values) = (&signature.abi.name[..], &signature.names[..], &self.values[..]);
         Event {
             escrow: self.escrow(log),
@@ -136,7 +137,7 @@ impl Decoded<'_> {
 /// does not change topic0.
 #[derive(Debug, Default)]
 pub struct Signatures {
-    known: HashMap<(Role, B256), HashMap<usize, Signature>>,
+    known: HashMap<(Role, B256), HashMap<usize, Arc<Signature>>>,
     topics: Vec<B256>,
     announcement_topics: Vec<B256>,
     lifecycle_topics: Vec<B256>,
@@ -176,7 +177,7 @@ impl Signatures {
                 second: abi.full_signature(),
             });
         }
-        same_topic.insert(topics, signature);
+        same_topic.insert(topics, Arc::new(signature));
         push_new(&mut self.topics, topic);
         match role {
             Role::Announcement => push_new(&mut self.announcement_topics, topic),
@@ -190,7 +191,7 @@ impl Signatures {
         let mut set = Self::default();
         for ((role, _), same_topic) in &self.known {
             for signature in same_topic.values().filter(|signature| texts.contains(&signature.text)) {
-                set.add(*role, signature.clone())
+                set.add(*role, Signature::clone(signature))
                     .expect("what can be told apart in a set can be in a part of it");
             }
         }
@@ -219,7 +220,7 @@ impl Signatures {
     }
 
     /// Decodes a log of an emitter in that role.
-    pub fn recognise(&self, role: Role, log: &Log) -> Recognised<'_> {
+    pub fn recognise(&self, role: Role, log: &Log) -> Recognised {
         let Some(topic) = log.topics.first() else {
             return Recognised::Unknown;
         };
@@ -234,7 +235,7 @@ impl Signatures {
             ));
         };
         match signature.decode(log) {
-            Ok(values) => Recognised::Known(Decoded { signature, values }),
+            Ok(values) => Recognised::Known(Decoded { signature: Arc::clone(signature), values }),
             Err(reason) => Recognised::Malformed(format!("{}: {reason}", signature.abi.full_signature())),
         }
     }

@@ -61,7 +61,7 @@ impl Fetched {
         next.way == self.way
             && end.is_some()
             && parent.is_none_or(|parent| parent == self.end.block.hash)
-            && logs + harvest.logs.len() <= EVENTS_A_COMMIT
+            && logs + harvest.len() <= EVENTS_A_COMMIT
             && !self.harvests.last().is_some_and(|harvest| harvest.has_archived(registry))
     }
 
@@ -243,7 +243,7 @@ impl Ahead {
                 let Slot { range, way, addresses, started, fresh, .. } =
                     self.slots.pop_front().expect("it is");
                 self.leaving.extend(fresh.iter().flatten().map(|(escrow, _)| *escrow));
-                let logs = harvest.logs.len();
+                let logs = harvest.len();
                 let answered = vec![Answered { blocks: range.blocks(), addresses, logs }];
                 let harvests = vec![harvest];
                 Ok(Some(Fetched { range, way, answered, started, parent, end, harvests }))
@@ -323,7 +323,7 @@ impl Ahead {
         let is_dense = match (&slot.state, &slot.fresh) {
             (State::There(there), None) if slot.way == Way::Addresses => {
                 let announced = there.1.unwatched(&following.decoder.store.registry()).len();
-                announced > following.at_once && there.1.logs.len() > DENSE
+                announced > following.at_once && there.1.len() > DENSE
             }
             _ => false,
         };
@@ -373,11 +373,10 @@ impl Slot {
         let State::There(there) = self.state else { unreachable!("only what is there is cut") };
         let (ends, mut harvest) = *there;
         let (mut from, mut parts) = (self.range.from(), Vec::new());
-        let at_once = harvest.logs.len() / PARTS;
-        while let Some(((last, _), _)) = harvest.logs.iter().nth(at_once)
-            && *last < self.range.to()
+        let at_once = harvest.len() / PARTS;
+        while let Some(last) = harvest.block_of(at_once)
+            && last < self.range.to()
         {
-            let last = *last;
             let rest = harvest.split_off(last + 1);
             let range = BlockRange::new(from, last).expect("the next log is not before it");
             let harvest = std::mem::replace(&mut harvest, rest);

@@ -89,9 +89,9 @@ pub(super) struct Said {
 
 /// What the logs of some blocks say.
 #[derive(Default)]
-pub(super) struct Found<'a> {
+pub(super) struct Found {
     /// Events by block and log index, with what they say.
-    pub events: BTreeMap<(u64, u64), (Log, Decoded<'a>)>,
+    pub events: BTreeMap<(u64, u64), (Log, Decoded)>,
     pub malformed: Vec<Quarantined>,
     /// Escrows that are not registered, and the block that announced each.
     pub announced: BTreeMap<Address, BlockRef>,
@@ -286,12 +286,12 @@ impl<C: Chain> Auditor<C> {
     }
 
     /// What was read again, and how it compares with what stands.
-    pub(super) async fn find<'a>(
+    pub(super) async fn find(
         &self,
-        signatures: &'a Signatures,
+        signatures: &Signatures,
         range: BlockRange,
         harvest: Harvest,
-    ) -> Result<(Found<'a>, Comparison), Trouble> {
+    ) -> Result<(Found, Comparison), Trouble> {
         let found = self.recognise(signatures, harvest).await?;
         let seen: Vec<((u64, u64), u64)> =
             found.events.iter().map(|(key, (log, _))| (*key, digest(log))).collect();
@@ -309,7 +309,7 @@ impl<C: Chain> Auditor<C> {
     ) -> Result<(), Trouble> {
         let signatures = Arc::clone(&self.signatures);
         let (found, comparison) = self.find(&signatures, range, harvest).await?;
-        let missed: Vec<&(Log, Decoded<'_>)> =
+        let missed: Vec<&(Log, Decoded)> =
             comparison.missed.iter().map(|key| &found.events[key]).collect();
         let times = self.confirm(missed.iter().map(|(log, _)| log)).await?;
         let mut late = LateStretch::default();
@@ -348,18 +348,14 @@ impl<C: Chain> Auditor<C> {
 
     /// Which of the logs are events, by the same rule as the first time: a log of an escrow counts from the block on that
     /// announced it.
-    async fn recognise<'a>(
-        &self,
-        signatures: &'a Signatures,
-        harvest: Harvest,
-    ) -> Result<Found<'a>, Trouble> {
+    async fn recognise(&self, signatures: &Signatures, harvest: Harvest) -> Result<Found, Trouble> {
         let factory = self.config.factory.address;
         let announcement = |log: &Log| match log.address == factory {
             true => signatures.recognise(Role::Announcement, log),
             false => Recognised::Unknown,
         };
-        let mut addresses: BTreeSet<Address> = harvest.logs.values().map(|log| log.address).collect();
-        for log in harvest.logs.values() {
+        let mut addresses: BTreeSet<Address> = harvest.logs().map(|log| log.address).collect();
+        for log in harvest.logs() {
             if let Recognised::Known(decoded) = announcement(log) {
                 addresses.insert(decoded.escrow(log));
             }
@@ -370,7 +366,7 @@ impl<C: Chain> Auditor<C> {
         })
         .await?;
         let mut found = Found::default();
-        for (key, log) in harvest.logs {
+        for (key, log) in harvest.into_logs() {
             let recognised = match announcement(&log) {
                 Recognised::Unknown if counts(&rows, &log) => signatures.recognise(Role::Lifecycle, &log),
                 other => other,
@@ -535,11 +531,11 @@ fn sample_pause(calls_per_hour: NonZeroU32) -> Duration {
 
 type BlockKey = (u64, B256);
 
-impl Found<'_> {
+impl Found {
     fn note_announcement(
         &mut self,
         rows: &HashMap<Address, Escrow>,
-        decoded: &Decoded<'_>,
+        decoded: &Decoded,
         log: &Log,
         by_factory: bool,
     ) {

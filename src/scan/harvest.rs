@@ -1,8 +1,9 @@
 //! The logs of a stretch of blocks: whether they can be believed, and what they say.
 
+use std::cell::OnceCell;
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
-use std::sync::{Arc, LazyLock};
+use std::sync::{Arc, LazyLock, RwLockReadGuard};
 use std::thread::available_parallelism;
 
 use alloy::primitives::map::{AddressMap, AddressSet};
@@ -10,7 +11,7 @@ use alloy::primitives::{Address, B256};
 use foldhash::HashMap;
 
 use super::{Answer, BlockTag, Call, Chain, Trouble};
-use crate::event::{BlockRange, BlockRef, Event, Header, Log, Recognised, Role, Signatures};
+use crate::event::{BlockRange, BlockRef, Decoded, Event, Header, Log, Recognised, Role, Signatures};
 use crate::store::{Place, Quarantined, Registry, Store, Stretch, on_thread};
 
 /// Logs decoded by one thread at a time, at least: below it another one is not worth its start.
@@ -29,19 +30,34 @@ pub(super) struct Decoder {
 #[derive(Default)]
 pub(super) struct Harvest {
     /// Each log once.
-    pub logs: BTreeMap<Place, Log>,
+    taken: BTreeMap<Place, Box<Taken>>,
+    /// How many of them, at most, have yet to be looked at, or to be encoded.
+    open: usize,
     /// Of which fork each block with logs is.
     forks: HashMap<u64, B256>,
     /// Times of blocks whose logs do not say theirs.
     pub times: HashMap<u64, u64>,
     /// Which escrow each announcement names.
-    pub announced: BTreeMap<Place, (Address, BlockRef)>,
+    announced: BTreeMap<Place, (Address, BlockRef)>,
     /// Escrows that were asked for before anybody watches them.
     pub expected: AddressSet,
-    /// Gathered and not decoded: since the last time, or because it is not of a contract that is ours.
-    fresh_logs: Vec<Place>,
-    /// Events already encoded.
-    ready: HashMap<Place, Event>,
+}
+
+/// A log, and what has become of it.
+struct Taken {
+    log: Log,
+    stage: Stage,
+}
+
+enum Stage {
+    /// Just gathered; or not of a contract that is ours, as far as is known: filters without addresses bring those.
+    Fresh,
+    /// An announcement, not encoded yet.
+    Announces(Decoded),
+    /// Encoded.
+    Ready(Event),
+    /// Of ours, and no event of its kind; what it is instead is said where it is known whether it counts.
+    Other,
 }
 
 impl Harvest {
@@ -49,6 +65,26 @@ impl Harvest {
     pub fn of(headers: &[Header]) -> Self {
         let times = headers.iter().map(|header| (header.block.number, header.timestamp)).collect();
         Self { times, ..Self::default() }
+    }
+
+    /// How many logs there are.
+    pub fn len(&self) -> usize {
+        self.taken.len()
+    }
+
+    /// Of which block the log with that number is, counted from 0.
+    pub fn block_of(&self, log: usize) -> Option<u64> {
+        self.taken.keys().nth(log).map(|(block, _)| *block)
+    }
+
+    /// The logs, in order.
+    pub fn logs(&self) -> impl Iterator<Item = &Log> {
+        self.taken.values().map(|taken| &taken.log)
+    }
+
+    /// The logs with their places, in order.
+    pub fn into_logs(self) -> impl Iterator<Item = (Place, Log)> {
+        self.taken.into_iter().map(|(place, taken)| (place, taken.log))
     }
 
     /// Adds one answer's logs. `end` is the header of the last block: the logs there must be of that fork.
@@ -67,13 +103,13 @@ impl Harvest {
                 return Err(Trouble::Disagreement(format!("logs of two forks of block {number}")));
             }
             let place = (number, log.log_index);
-            match self.logs.entry(place) {
+            match self.taken.entry(place) {
                 Entry::Vacant(vacant) => {
-                    vacant.insert(log);
-                    self.fresh_logs.push(place);
+                    vacant.insert(Box::new(Taken { log, stage: Stage::Fresh }));
+                    self.open += 1;
                 }
                 // A log said twice counts once.
-                Entry::Occupied(known) if is_same(known.get(), &log) => {}
+                Entry::Occupied(known) if is_same(&known.get().log, &log) => {}
                 Entry::Occupied(_) => {
                     return Err(Trouble::Disagreement(format!("two logs with one index in block {number}")));
                 }
@@ -108,8 +144,7 @@ impl Harvest {
 
     /// Asks for the times that the logs do not say.
     pub async fn know_times<C: Chain>(&mut self, chain: &C) -> Result<(), Trouble> {
-        let places: Vec<Place> = self.logs.keys().copied().collect();
-        match self.untimed(&places) {
+        match self.untimed(|_| true) {
             untimed if untimed.is_empty() => Ok(()),
             untimed => self.ask_times(chain, untimed, false).await.map(drop),
         }
@@ -117,85 +152,84 @@ impl Harvest {
 
     /// The time of a log's block, as far as it is known.
     pub fn time_of(&self, log: &Log) -> Option<u64> {
-        log.block_timestamp.or_else(|| self.times.get(&log.block.number).copied())
+        time_of(&self.times, log)
     }
 
     /// Takes what is of block `from` and later ones out.
     pub fn split_off(&mut self, from: u64) -> Self {
-        let logs = self.logs.split_off(&(from, 0));
+        let taken = self.taken.split_off(&(from, 0));
         let announced = self.announced.split_off(&(from, 0));
-        let (later, earlier) =
-            std::mem::take(&mut self.fresh_logs).into_iter().partition(|(block, _)| *block >= from);
-        self.fresh_logs = earlier;
-        let ready = self.ready.extract_if(|(block, _), _| *block >= from).collect();
-        let (forks, times) = (self.forks.clone(), self.times.clone());
-        let expected = self.expected.clone();
-        Self { logs, forks, times, announced, expected, fresh_logs: later, ready }
+        let (forks, times, expected) = (self.forks.clone(), self.times.clone(), self.expected.clone());
+        self.open = self.taken.len();
+        Self { open: taken.len(), taken, forks, times, announced, expected }
     }
 
     /// Reads whom the announcements among what was gathered name, on as many cores as there is work for.
     fn read_announcements(&mut self, decoder: &Decoder) {
-        let by_factory = |place: &&Place| self.logs[place].address == decoder.factory;
-        let is_new = |place: &&Place| by_factory(place) && !self.announced.contains_key(place);
-        let places: Vec<Place> = self.fresh_logs.iter().filter(is_new).copied().collect();
-        let read = on_cores(&places, |place| {
-            let log = &self.logs[place];
-            match decoder.signatures.recognise(Role::Announcement, log) {
-                Recognised::Known(decoded) => Some((*place, (decoded.escrow(log), log.block))),
-                Recognised::Malformed(_) | Recognised::Unknown => None,
-            }
+        let is_fresh =
+            |taken: &Taken| taken.log.address == decoder.factory && matches!(taken.stage, Stage::Fresh);
+        let mut fresh: Vec<(&Place, &mut Box<Taken>)> =
+            self.taken.iter_mut().filter(|(_, taken)| is_fresh(taken)).collect();
+        on_cores(&mut fresh, |(_, taken)| {
+            taken.stage = match decoder.signatures.recognise(Role::Announcement, &taken.log) {
+                Recognised::Known(decoded) => Stage::Announces(decoded),
+                Recognised::Malformed(_) | Recognised::Unknown => Stage::Other,
+            };
         });
-        self.announced.extend(read);
+        for (place, Taken { log, stage }) in fresh.into_iter().map(|(place, taken)| (place, &**taken)) {
+            if let Stage::Announces(decoded) = stage {
+                self.announced.insert(*place, (decoded.escrow(log), log.block));
+            }
+        }
     }
 
-    /// What is gathered and not decoded of contracts that are ours. Of others (filters without addresses bring them) is kept
-    /// which they are: they may turn out to be ours.
-    fn take_ours(&mut self, decoder: &Decoder) -> Vec<Place> {
-        let registry = decoder.store.registry();
-        let announced: AddressSet = self.announced.values().map(|(escrow, _)| *escrow).collect();
-        let is_ours = |place: &Place| {
-            let address = &self.logs[place].address;
-            *address == decoder.factory
-                || registry.contains(address)
-                || announced.contains(address)
-                || self.expected.contains(address)
-        };
-        let (ours, others): (Vec<Place>, Vec<Place>) =
-            std::mem::take(&mut self.fresh_logs).into_iter().partition(is_ours);
-        self.fresh_logs = others;
-        ours
-    }
-
-    /// The blocks whose times are still unknown, of logs that may be events.
-    fn untimed(&self, places: &[Place]) -> BTreeMap<u64, BlockRef> {
-        let logs = places.iter().map(|place| &self.logs[place]);
-        let untimed = logs.filter(|log| self.time_of(log).is_none());
+    /// The blocks whose times are still unknown, of the logs of these emitters.
+    fn untimed(&self, is_wanted: impl Fn(&Address) -> bool) -> BTreeMap<u64, BlockRef> {
+        let untimed = self.logs().filter(|log| self.time_of(log).is_none() && is_wanted(&log.address));
         untimed.map(|log| (log.block.number, log.block)).collect()
     }
 
-    /// Decodes and encodes these logs, on as many cores as there is work for.
-    fn decode(&mut self, decoder: &Decoder, places: &[Place]) {
-        let decoded = on_cores(places, |place| {
-            let log = &self.logs[place];
-            let time = self.time_of(log)?;
-            let role = if log.address == decoder.factory { Role::Announcement } else { Role::Lifecycle };
-            match decoder.signatures.recognise(role, log) {
-                Recognised::Known(decoded) => Some((*place, decoded.event(decoder.chain_id, log, time))),
-                // Said where it is known whether it counts.
-                Recognised::Malformed(_) | Recognised::Unknown => None,
+    /// Encodes what was not, of contracts that are ours, as far as the times are known; on as many cores as there is work for.
+    fn encode_open(&mut self, decoder: &Decoder) {
+        let ours = Ours::of(&self.announced, &self.expected, decoder);
+        let (mut work, mut left) = (Vec::with_capacity(self.open), 0);
+        for taken in self.taken.values_mut() {
+            let is_open = match &taken.stage {
+                Stage::Fresh => ours.has(&taken.log.address),
+                Stage::Announces(_) => true,
+                Stage::Ready(_) | Stage::Other => false,
+            };
+            match time_of(&self.times, &taken.log) {
+                Some(time) if is_open => work.push((taken, time)),
+                Some(_) | None => left += usize::from(matches!(taken.stage, Stage::Fresh | Stage::Announces(_))),
             }
+        }
+        drop(ours);
+        on_cores(&mut work, |(taken, time)| {
+            let Taken { log, stage } = &mut ***taken;
+            let encoded = |decoded: &Decoded| Stage::Ready(decoded.event(decoder.chain_id, log, *time));
+            *stage = match stage {
+                Stage::Announces(decoded) => encoded(decoded),
+                Stage::Fresh | Stage::Ready(_) | Stage::Other => {
+                    match decoder.signatures.recognise(Role::Lifecycle, log) {
+                        Recognised::Known(decoded) => encoded(&decoded),
+                        Recognised::Malformed(_) | Recognised::Unknown => Stage::Other,
+                    }
+                }
+            };
         });
-        self.ready.extend(decoded);
+        self.open = left;
     }
 
-    /// Does what there is to do with so many logs: on another thread than those that wait for the network, if they are many.
-    async fn aside(mut self, logs: usize, work: impl FnOnce(&mut Self) + Send + 'static) -> Self {
-        if logs < LOGS_A_THREAD {
-            work(&mut self);
+    /// Does what there is to do with what is open: on another thread than those that wait for the network, if it is much.
+    async fn aside(mut self, decoder: &Decoder, work: impl FnOnce(&mut Self, &Decoder) + Send + 'static) -> Self {
+        if self.open < LOGS_A_THREAD {
+            work(&mut self, decoder);
             return self;
         }
+        let decoder = decoder.clone();
         on_thread(move || {
-            work(&mut self);
+            work(&mut self, &decoder);
             self
         })
         .await
@@ -211,32 +245,23 @@ impl Harvest {
         ahead: bool,
         to_be_followed: impl FnOnce(&Self) -> bool,
     ) -> Result<Self, Trouble> {
-        let (fresh, with) = (self.fresh_logs.len(), decoder.clone());
-        let mut harvest = self.aside(fresh, move |harvest| harvest.read_announcements(&with)).await;
+        let mut harvest = self.aside(decoder, Self::read_announcements).await;
         if to_be_followed(&harvest) {
             return Ok(harvest);
         }
-        let places = harvest.take_ours(decoder);
-        let untimed = harvest.untimed(&places);
+        let untimed = {
+            let ours = Ours::of(&harvest.announced, &harvest.expected, decoder);
+            harvest.untimed(|emitter| ours.has(emitter))
+        };
         if !untimed.is_empty() {
             harvest.ask_times(chain, untimed, ahead).await?;
         }
-        Ok(harvest.encode_these(decoder, places).await)
+        Ok(harvest.encode(decoder).await)
     }
 
     /// Makes events of what was gathered, as far as it can be done without asking.
-    pub async fn encode(mut self, decoder: &Decoder) -> Self {
-        let places = self.take_ours(decoder);
-        self.encode_these(decoder, places).await
-    }
-
-    /// Those whose times are unknown stay as they are.
-    async fn encode_these(mut self, decoder: &Decoder, places: Vec<Place>) -> Self {
-        let is_timed = |place: &Place| self.time_of(&self.logs[place]).is_some();
-        let (timed, rest): (Vec<Place>, Vec<Place>) = places.into_iter().partition(is_timed);
-        self.fresh_logs.extend(rest);
-        let with = decoder.clone();
-        self.aside(timed.len(), move |harvest| harvest.decode(&with, &timed)).await
+    pub async fn encode(self, decoder: &Decoder) -> Self {
+        self.aside(decoder, Self::encode_open).await
     }
 
     /// `false`: it was asked for ahead, and not answered.
@@ -287,14 +312,14 @@ impl Harvest {
 
     /// Whether there are logs of an archived escrow here: once they are accepted, it is asked for again.
     pub fn has_archived(&self, registry: &Registry) -> bool {
-        let mut logs = self.logs.values();
+        let mut logs = self.logs();
         registry.len() > registry.watched_len() && logs.any(|log| registry.is_archived(&log.address))
     }
 
     /// Adds what these blocks bring to a stretch of those before them: the events of registered escrows and of those
     /// announced here or there, `fresh`. Says how many of the logs are of others.
     pub fn add_to(
-        mut self,
+        self,
         stretch: &mut Stretch,
         fresh: &mut AddressMap<BlockRef>,
         decoder: &Decoder,
@@ -308,11 +333,12 @@ impl Harvest {
             });
         }
         let mut others = 0;
-        for (place, log) in &self.logs {
+        stretch.events.reserve(self.taken.len());
+        for Taken { log, stage } in self.taken.into_values().map(|taken| *taken) {
             let registered = registry.counts(&log.address, log.block.number)
                 || fresh.get(&log.address).is_some_and(|block| log.block.number >= block.number);
             let by_factory = log.address == decoder.factory;
-            if let Some(event) = self.ready.remove(place)
+            if let Stage::Ready(event) = stage
                 && (event.announces || registered)
             {
                 stretch.events.push(event);
@@ -320,19 +346,19 @@ impl Harvest {
             }
             others += usize::from(!registered && !by_factory);
             let recognised = match by_factory {
-                true => decoder.signatures.recognise(Role::Announcement, log),
+                true => decoder.signatures.recognise(Role::Announcement, &log),
                 false => Recognised::Unknown,
             };
             let recognised = match recognised {
-                Recognised::Unknown if registered => decoder.signatures.recognise(Role::Lifecycle, log),
+                Recognised::Unknown if registered => decoder.signatures.recognise(Role::Lifecycle, &log),
                 other => other,
             };
             match recognised {
                 Recognised::Unknown => {}
-                Recognised::Malformed(reason) => stretch.quarantined.push(quarantined(log, reason)),
+                Recognised::Malformed(reason) => stretch.quarantined.push(quarantined(&log, reason)),
                 Recognised::Known(decoded) => {
-                    let time = self.time_of(log).expect("what may be an event has its time by now");
-                    stretch.events.push(decoded.event(decoder.chain_id, log, time));
+                    let time = time_of(&self.times, &log).expect("what may be an event has its time by now");
+                    stretch.events.push(decoded.event(decoder.chain_id, &log, time));
                 }
             }
         }
@@ -347,21 +373,51 @@ fn is_asked_for(registry: &Registry, escrow: &Address) -> bool {
     registry.is_watched(escrow) || registry.is_joining(escrow)
 }
 
-/// What becomes of each, in order, where something does.
-fn on_cores<T: Sync, R: Send>(items: &[T], work: impl Fn(&T) -> Option<R> + Sync) -> Vec<R> {
+/// Whose logs are ours, as far as is known.
+struct Ours<'a> {
+    factory: Address,
+    registry: RwLockReadGuard<'a, Registry>,
+    expected: &'a AddressSet,
+    announced: &'a BTreeMap<Place, (Address, BlockRef)>,
+    /// The same by address, made when it is needed first.
+    by_address: OnceCell<AddressSet>,
+}
+
+impl<'a> Ours<'a> {
+    fn of(
+        announced: &'a BTreeMap<Place, (Address, BlockRef)>,
+        expected: &'a AddressSet,
+        decoder: &'a Decoder,
+    ) -> Self {
+        let (factory, registry) = (decoder.factory, decoder.store.registry());
+        Self { factory, registry, expected, announced, by_address: OnceCell::new() }
+    }
+
+    fn has(&self, emitter: &Address) -> bool {
+        let by_address = || self.announced.values().map(|(escrow, _)| *escrow).collect();
+        *emitter == self.factory
+            || self.expected.contains(emitter)
+            || self.registry.contains(emitter)
+            || self.by_address.get_or_init(by_address).contains(emitter)
+    }
+}
+
+fn time_of(times: &HashMap<u64, u64>, log: &Log) -> Option<u64> {
+    log.block_timestamp.or_else(|| times.get(&log.block.number).copied())
+}
+
+/// Does it with each, on as many cores as there is work for.
+fn on_cores<T: Send>(items: &mut [T], work: impl Fn(&mut T) + Sync) {
     // The system reads files to say it.
     static CORES: LazyLock<usize> = LazyLock::new(|| available_parallelism().map_or(1, usize::from));
-    let cores = *CORES;
-    let part = items.len().div_ceil(cores).max(LOGS_A_THREAD);
-    if items.len() <= part {
-        return items.iter().filter_map(work).collect();
-    }
-    let part_of = |part: &[T]| part.iter().filter_map(&work).collect::<Vec<R>>();
-    let parts: Vec<Vec<R>> = std::thread::scope(|scope| {
-        let threads: Vec<_> = items.chunks(part).map(|part| scope.spawn(|| part_of(part))).collect();
-        threads.into_iter().map(|it| it.join().expect("decoding does not panic")).collect()
+    let part = items.len().div_ceil(*CORES).max(LOGS_A_THREAD);
+    let (here, others) = items.split_at_mut(part.min(items.len()));
+    std::thread::scope(|scope| {
+        for part in others.chunks_mut(part) {
+            scope.spawn(|| part.iter_mut().for_each(&work));
+        }
+        here.iter_mut().for_each(&work);
     });
-    parts.into_iter().flatten().collect()
 }
 
 fn is_same(one: &Log, other: &Log) -> bool {

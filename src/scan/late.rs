@@ -229,7 +229,7 @@ impl<C: Chain> Scanner<C> {
     /// Notes the escrows whose announcement was not known, and those that were known from a later one only.
     async fn discover_late(&self, pass: &Pass, found: &mut LateHarvest) -> Result<(), Trouble> {
         let mut known: BTreeMap<Address, BlockRef> = BTreeMap::new();
-        for log in found.harvest.logs.values().filter(|log| log.address == self.factory) {
+        for log in found.harvest.logs().filter(|log| log.address == self.factory) {
             if let Recognised::Known(decoded) = pass.added.recognise(Role::Announcement, log) {
                 let (escrow, registry) = (decoded.escrow(log), self.store.registry());
                 if registry.contains(&escrow) {
@@ -260,11 +260,11 @@ impl<C: Chain> Scanner<C> {
         found: &LateHarvest,
         next: u64,
     ) -> Result<LateStretch, Trouble> {
-        let emitters: BTreeSet<Address> = found.harvest.logs.values().map(|log| log.address).collect();
+        let emitters: BTreeSet<Address> = found.harvest.logs().map(|log| log.address).collect();
         let registered = pass.registered.iter().filter(|it| **it != self.factory && emitters.contains(*it));
         let rows = self.rows(registered.copied().collect()).await?;
         let mut stretch = LateStretch { next, ..LateStretch::default() };
-        for log in found.harvest.logs.values() {
+        for log in found.harvest.logs() {
             let since = rows.get(&log.address).map(|escrow| escrow.announced.0);
             match self.recognise_late(pass, found, since, log) {
                 Recognised::Unknown => {}
@@ -285,13 +285,13 @@ impl<C: Chain> Scanner<C> {
 
     /// `since`: the block the emitter counts from, if it is registered. Only what was not read before counts, whatever
     /// the node answers beyond what was asked for.
-    fn recognise_late<'a>(
-        &'a self,
-        pass: &'a Pass,
+    fn recognise_late(
+        &self,
+        pass: &Pass,
         found: &LateHarvest,
         since: Option<u64>,
         log: &Log,
-    ) -> Recognised<'a> {
+    ) -> Recognised {
         let (address, block) = (&log.address, log.block.number);
         if *address == self.factory {
             match self.recognise_added(pass, Role::Announcement, log) {
@@ -317,7 +317,7 @@ impl<C: Chain> Scanner<C> {
     }
 
     /// By an added signature. One that shares its topic0 with another does not make that one's events odd: they were read.
-    fn recognise_added<'a>(&'a self, pass: &'a Pass, role: Role, log: &Log) -> Recognised<'a> {
+    fn recognise_added(&self, pass: &Pass, role: Role, log: &Log) -> Recognised {
         match pass.added.recognise(role, log) {
             Recognised::Malformed(_)
                 if matches!(self.signatures.recognise(role, log), Recognised::Known(_)) =>

@@ -217,7 +217,7 @@ impl<C: Chain> Scanner<C> {
         let is_final = self.finalized.is_some_and(|finalized| range.to() <= finalized);
         if !is_final {
             // Where the range may still fork, every block with logs is a place to come back to.
-            let logs = harvests.iter().flat_map(|harvest| harvest.logs.values());
+            let logs = harvests.iter().flat_map(|harvest| harvest.logs());
             marks.extend(logs.map(|log| (log.block.number, log.block)));
         }
         marks.insert(end.block.number, end.block);

@@ -201,7 +201,7 @@ impl<C: Chain> Verifier<C> {
         Ok(Verified { blocks, events: found.events.len() - missed.len(), findings, unregistered })
     }
 
-    fn of_log(&self, difference: Difference, log: &Log, decoded: &Decoded<'_>) -> Finding {
+    fn of_log(&self, difference: Difference, log: &Log, decoded: &Decoded) -> Finding {
         Finding {
             difference,
             place: (log.block.number, log.log_index),
@@ -222,7 +222,7 @@ impl<C: Chain> Verifier<C> {
         if escrows.is_empty() {
             return Ok(());
         }
-        for log in self.read(blocks, was_by_hash, &escrows).await?.logs.values() {
+        for log in self.read(blocks, was_by_hash, &escrows).await?.logs() {
             let since = self.strangers.get(&log.address);
             if since.is_none_or(|since| log.block.number < *since) {
                 continue;

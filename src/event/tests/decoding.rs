@@ -50,7 +50,7 @@ fn topics(event: &AbiEvent, others: Vec<[u8; 32]>, right: bool) -> Vec<B256> {
 }
 
 /// Panics unless the body has exactly the promised fields, and each argument under `args` and flat.
-fn assert_promised(decoded: &Decoded<'_>, log: &Log, event: &AbiEvent, sequence: u64) -> Value {
+fn assert_promised(decoded: &Decoded, log: &Log, event: &AbiEvent, sequence: u64) -> Value {
     let bytes = decoded.event(CHAIN, log, TIME).body.finish(sequence);
     let body: serde_json::Map<String, Value> = serde_json::from_slice(&bytes).unwrap();
     let envelope = json!({

@@ -157,9 +157,7 @@ fn as_said(packet: ResponsePacket) -> ResponsePacket<Said> {
     };
     match packet {
         ResponsePacket::Single(response) => ResponsePacket::Single(said(response)),
-        ResponsePacket::Batch(responses) => {
-            ResponsePacket::Batch(responses.into_iter().map(said).collect())
-        }
+        ResponsePacket::Batch(responses) => ResponsePacket::Batch(responses.into_iter().map(said).collect()),
     }
 }
 

@@ -21,9 +21,6 @@ use super::{CATCH_UP, Call, Chain, LogFilter, Span, Trouble};
 use crate::event::{Addresses, BlockRange, BlockRef, Header};
 use crate::store::Registry;
 
-/// A range with so many logs is cut into parts: while one is committed, what turned up is asked for in the next.
-const DENSE: usize = 2_000;
-const PARTS: usize = 4;
 /// Ranges under way at once, at most: bounds what is in memory.
 pub(super) const RANGES: usize = 4;
 /// What a range costs: its logs and the headers of its ends, and once more for what turned up in it.
@@ -56,10 +53,9 @@ impl Fetched {
         let State::There(there) = &next.state else {
             return false;
         };
-        let (Ends { parent, end }, harvest) = &**there;
+        let (Ends { parent, .. }, harvest) = &**there;
         let logs: usize = self.answered.iter().map(|answered| answered.logs).sum();
         next.way == self.way
-            && end.is_some()
             && parent.is_none_or(|parent| parent == self.end.block.hash)
             && logs + harvest.len() <= EVENTS_A_COMMIT
             && !self.harvests.last().is_some_and(|harvest| harvest.has_archived(registry))
@@ -239,7 +235,6 @@ impl Ahead {
         match std::mem::replace(&mut first.state, State::Changing) {
             State::There(there) => {
                 let (Ends { parent, end }, harvest) = *there;
-                let end = end.expect("what was cut is followed up");
                 let Slot { range, way, addresses, started, fresh, .. } =
                     self.slots.pop_front().expect("it is");
                 self.leaving.extend(fresh.iter().flatten().map(|(escrow, _)| *escrow));
@@ -285,7 +280,6 @@ impl Ahead {
     /// Asks for the logs of escrows that were not known when a range was asked for.
     pub fn follow<C: Chain>(&mut self, chain: &Arc<C>, following: &Following) {
         self.drop_unanswered();
-        self.cut_dense(following);
         let (slots, leaving) = (self.slots.make_contiguous(), &self.leaving);
         for place in 0..slots.len() {
             let ahead = place > 0;
@@ -300,36 +294,11 @@ impl Ahead {
                 return;
             }
             if slot.way == Way::Addresses
-                && let State::There(there) = &slot.state
+                && matches!(slot.state, State::There(_))
+                && let Some((from, addresses)) = slot.news(following, leaving, earlier, is_new)
             {
-                let (start, is_whole) = (slot.range.from(), there.0.end.is_some());
-                match slot.news(following, leaving, earlier, is_new) {
-                    Some((from, addresses)) if is_whole => {
-                        slot.follow(chain, following, ahead, from, addresses)
-                    }
-                    Some((_, addresses)) => slot.follow(chain, following, ahead, start, addresses),
-                    None if is_whole => {}
-                    None => slot.follow(chain, following, ahead, start, Vec::new()),
-                }
+                slot.follow(chain, following, ahead, from, addresses);
             }
-        }
-    }
-}
-
-impl Ahead {
-    /// Cuts the first range into parts if it is dense and much turned up in it.
-    fn cut_dense(&mut self, following: &Following) {
-        let Some(slot) = self.slots.pop_front() else { return };
-        let is_dense = match (&slot.state, &slot.fresh) {
-            (State::There(there), None) if slot.way == Way::Addresses => {
-                let announced = there.1.unwatched(&following.decoder.store.registry()).len();
-                announced > following.at_once && there.1.len() > DENSE
-            }
-            _ => false,
-        };
-        let parts = if is_dense { slot.cut() } else { vec![slot] };
-        for part in parts.into_iter().rev() {
-            self.slots.push_front(part);
         }
     }
 }
@@ -368,34 +337,6 @@ impl Slot {
         (!addresses.is_empty()).then_some((from, addresses))
     }
 
-    /// The same range in parts of about as many logs each. All but the last have yet to be told how they end.
-    fn cut(self) -> Vec<Slot> {
-        let State::There(there) = self.state else { unreachable!("only what is there is cut") };
-        let (ends, mut harvest) = *there;
-        let (mut from, mut parts) = (self.range.from(), Vec::new());
-        let at_once = harvest.len() / PARTS;
-        while let Some(last) = harvest.block_of(at_once)
-            && last < self.range.to()
-        {
-            let rest = harvest.split_off(last + 1);
-            let range = BlockRange::new(from, last).expect("the next log is not before it");
-            let harvest = std::mem::replace(&mut harvest, rest);
-            let parent = ends.parent.filter(|_| from == self.range.from());
-            parts.push((range, Ends { parent, end: None }, harvest));
-            from = last + 1;
-        }
-        let range = BlockRange::new(from, self.range.to()).expect("the last log is in it");
-        let parent = ends.parent.filter(|_| from == self.range.from());
-        parts.push((range, Ends { parent, ..ends }, harvest));
-        let slot = |(range, ends, harvest): (BlockRange, Ends, Harvest)| Slot {
-            range,
-            state: State::There(Box::new((ends, harvest))),
-            fresh: None,
-            ..self
-        };
-        parts.into_iter().map(slot).collect()
-    }
-
     fn follow<C: Chain>(
         &mut self,
         chain: &Arc<C>,
@@ -418,9 +359,7 @@ impl Slot {
             }
             Way::Addresses => log_calls(Span::Range(span), &addresses, following.at_once, &following.topics),
         };
-        // A part that was cut off has its own ends.
-        let linked = ends.end.is_none() && ends.parent.is_none();
-        let ask = Ask { range: span, linked, ahead, told: Some(ends), logs };
+        let ask = Ask { range: span, linked: false, ahead, told: Some(ends), logs };
         self.state = asking(Arc::clone(chain), following.decoder.clone(), ask, harvest, Way::Everyone);
     }
 }

@@ -309,8 +309,7 @@ impl<C: Chain> Auditor<C> {
     ) -> Result<(), Trouble> {
         let signatures = Arc::clone(&self.signatures);
         let (found, comparison) = self.find(&signatures, range, harvest).await?;
-        let missed: Vec<&(Log, Decoded)> =
-            comparison.missed.iter().map(|key| &found.events[key]).collect();
+        let missed: Vec<&(Log, Decoded)> = comparison.missed.iter().map(|key| &found.events[key]).collect();
         let times = self.confirm(missed.iter().map(|(log, _)| log)).await?;
         let mut late = LateStretch::default();
         for (log, decoded) in missed {

@@ -11,7 +11,7 @@ use alloy::primitives::{Address, B256};
 use foldhash::HashMap;
 
 use super::{Answer, BlockTag, Call, Chain, Trouble};
-use crate::event::{BlockRange, BlockRef, Decoded, Event, Header, Log, Recognised, Role, Signatures};
+use crate::event::{BlockRange, BlockRef, Decoded, Event, Header, Log, Recognised, Role, Signatures, digest};
 use crate::store::{Place, Quarantined, Registry, Store, Stretch, on_thread};
 
 /// Logs decoded by one thread at a time, at least: below it another one is not worth its start.
@@ -45,8 +45,23 @@ pub(super) struct Harvest {
 
 /// A log, and what has become of it.
 struct Taken {
+    /// Once it is encoded, without its topics and data: what it says is in the event's digest.
     log: Log,
     stage: Stage,
+}
+
+impl Taken {
+    /// Whether that is this log.
+    fn is(&self, other: &Log) -> bool {
+        let known = &self.log;
+        match &self.stage {
+            Stage::Ready(event) => event.digest == digest(other),
+            Stage::Fresh | Stage::Announces(_) | Stage::Other => {
+                (known.transaction_hash, known.address, &known.topics, &known.data)
+                    == (other.transaction_hash, other.address, &other.topics, &other.data)
+            }
+        }
+    }
 }
 
 enum Stage {
@@ -70,11 +85,6 @@ impl Harvest {
     /// How many logs there are.
     pub fn len(&self) -> usize {
         self.taken.len()
-    }
-
-    /// Of which block the log with that number is, counted from 0.
-    pub fn block_of(&self, log: usize) -> Option<u64> {
-        self.taken.keys().nth(log).map(|(block, _)| *block)
     }
 
     /// The logs, in order.
@@ -109,7 +119,7 @@ impl Harvest {
                     self.open += 1;
                 }
                 // A log said twice counts once.
-                Entry::Occupied(known) if is_same(&known.get().log, &log) => {}
+                Entry::Occupied(known) if known.get().is(&log) => {}
                 Entry::Occupied(_) => {
                     return Err(Trouble::Disagreement(format!("two logs with one index in block {number}")));
                 }
@@ -155,15 +165,6 @@ impl Harvest {
         time_of(&self.times, log)
     }
 
-    /// Takes what is of block `from` and later ones out.
-    pub fn split_off(&mut self, from: u64) -> Self {
-        let taken = self.taken.split_off(&(from, 0));
-        let announced = self.announced.split_off(&(from, 0));
-        let (forks, times, expected) = (self.forks.clone(), self.times.clone(), self.expected.clone());
-        self.open = self.taken.len();
-        Self { open: taken.len(), taken, forks, times, announced, expected }
-    }
-
     /// Reads whom the announcements among what was gathered name, on as many cores as there is work for.
     fn read_announcements(&mut self, decoder: &Decoder) {
         let is_fresh =
@@ -201,28 +202,35 @@ impl Harvest {
             };
             match time_of(&self.times, &taken.log) {
                 Some(time) if is_open => work.push((taken, time)),
-                Some(_) | None => left += usize::from(matches!(taken.stage, Stage::Fresh | Stage::Announces(_))),
+                Some(_) | None => {
+                    left += usize::from(matches!(taken.stage, Stage::Fresh | Stage::Announces(_)))
+                }
             }
         }
         drop(ours);
         on_cores(&mut work, |(taken, time)| {
             let Taken { log, stage } = &mut ***taken;
-            let encoded = |decoded: &Decoded| Stage::Ready(decoded.event(decoder.chain_id, log, *time));
-            *stage = match stage {
-                Stage::Announces(decoded) => encoded(decoded),
+            let decoded = match std::mem::replace(stage, Stage::Other) {
+                Stage::Announces(decoded) => Recognised::Known(decoded),
                 Stage::Fresh | Stage::Ready(_) | Stage::Other => {
-                    match decoder.signatures.recognise(Role::Lifecycle, log) {
-                        Recognised::Known(decoded) => encoded(&decoded),
-                        Recognised::Malformed(_) | Recognised::Unknown => Stage::Other,
-                    }
+                    decoder.signatures.recognise(Role::Lifecycle, log)
                 }
             };
+            if let Recognised::Known(decoded) = decoded {
+                *stage = Stage::Ready(decoded.event(decoder.chain_id, log, *time));
+                // There are many of these at once.
+                (log.topics, log.data) = Default::default();
+            }
         });
         self.open = left;
     }
 
     /// Does what there is to do with what is open: on another thread than those that wait for the network, if it is much.
-    async fn aside(mut self, decoder: &Decoder, work: impl FnOnce(&mut Self, &Decoder) + Send + 'static) -> Self {
+    async fn aside(
+        mut self,
+        decoder: &Decoder,
+        work: impl FnOnce(&mut Self, &Decoder) + Send + 'static,
+    ) -> Self {
         if self.open < LOGS_A_THREAD {
             work(&mut self, decoder);
             return self;
@@ -318,12 +326,7 @@ impl Harvest {
 
     /// Adds what these blocks bring to a stretch of those before them: the events of registered escrows and of those
     /// announced here or there, `fresh`. Says how many of the logs are of others.
-    pub fn add_to(
-        self,
-        stretch: &mut Stretch,
-        fresh: &mut AddressMap<BlockRef>,
-        decoder: &Decoder,
-    ) -> usize {
+    pub fn add_to(self, stretch: &mut Stretch, fresh: &mut AddressMap<BlockRef>, decoder: &Decoder) -> usize {
         let registry = decoder.store.registry();
         let (events, announced) = (stretch.events.len(), stretch.announced.len());
         for (escrow, block) in self.unregistered(&registry) {
@@ -420,11 +423,6 @@ fn on_cores<T: Send>(items: &mut [T], work: impl Fn(&mut T) + Sync) {
     });
 }
 
-fn is_same(one: &Log, other: &Log) -> bool {
-    (one.transaction_hash, one.address, &one.topics, &one.data)
-        == (other.transaction_hash, other.address, &other.topics, &other.data)
-}
-
 /// The header of a range's last block: without it the node is behind, and an empty list of logs means nothing.
 pub(super) fn whole(range: BlockRange, end: Option<Header>) -> Result<Header, Trouble> {
     end.filter(|header| header.block.number == range.to())
@@ -468,8 +466,8 @@ pub(super) struct Ask {
 pub(super) struct Ends {
     /// The hash of the block before it, if that was asked.
     pub parent: Option<B256>,
-    /// The header of its last block; unknown of a part that was cut off.
-    pub end: Option<Header>,
+    /// The header of its last block.
+    pub end: Header,
 }
 
 /// Asks for a range: with its logs come the headers of its ends, so that it is known where it belongs and that the node
@@ -494,7 +492,7 @@ pub(super) async fn ask_range<C: Chain>(
     let logs = answers.split_off(heads);
     let mut headers = answers.into_iter().map(Answer::header);
     let end = whole(range, headers.next().flatten())?;
-    let told_otherwise = |told: Ends| told.end.is_some_and(|told| told.block != end.block);
+    let told_otherwise = |told: Ends| told.end.block != end.block;
     let of_another_fork = harvest.forks.get(&range.to()).is_some_and(|hash| *hash != end.block.hash);
     if told.is_some_and(told_otherwise) || of_another_fork {
         return Err(Trouble::Disagreement(format!("two headers of block {}", range.to())));
@@ -511,5 +509,5 @@ pub(super) async fn ask_range<C: Chain>(
         harvest.gather(logs.logs(), range, &end)?;
     }
     let parent = parent.or(told.and_then(|told| told.parent));
-    Ok(Some((Ends { parent, end: Some(end) }, harvest)))
+    Ok(Some((Ends { parent, end }, harvest)))
 }

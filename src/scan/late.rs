@@ -285,13 +285,7 @@ impl<C: Chain> Scanner<C> {
 
     /// `since`: the block the emitter counts from, if it is registered. Only what was not read before counts, whatever
     /// the node answers beyond what was asked for.
-    fn recognise_late(
-        &self,
-        pass: &Pass,
-        found: &LateHarvest,
-        since: Option<u64>,
-        log: &Log,
-    ) -> Recognised {
+    fn recognise_late(&self, pass: &Pass, found: &LateHarvest, since: Option<u64>, log: &Log) -> Recognised {
         let (address, block) = (&log.address, log.block.number);
         if *address == self.factory {
             match self.recognise_added(pass, Role::Announcement, log) {

@@ -129,7 +129,10 @@ fn lists_objects_text_and_nothing_are_read_as_they_come() {
         let fit = [&header, &code, &logs, &read].map(|call| wire::answer(call, said()).is_ok());
         assert_eq!(fit, fits, "{value}");
     }
-    assert!(serde_json::from_str::<Said>(&json!([good_log(), 1]).to_string()).is_err(), "it is no list of logs");
+    assert!(
+        serde_json::from_str::<Said>(&json!([good_log(), 1]).to_string()).is_err(),
+        "it is no list of logs"
+    );
 }
 
 proptest! {

@@ -2,14 +2,18 @@ mod audit;
 mod fork;
 mod late;
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::io;
 use std::num::NonZeroU64;
-use std::sync::Mutex;
+use std::sync::{Condvar, Mutex};
 
 use alloy::json_abi::Event as AbiEvent;
 use alloy::primitives::{Address, B256, keccak256};
 use proptest::prelude::*;
+use redb::StorageBackend;
 use redb::backends::InMemoryBackend;
+use tokio::sync::Notify;
 
 use super::ahead::RANGES;
 use super::*;
@@ -59,6 +63,8 @@ struct Fake {
     announcer: Option<watch::Sender<Option<Header>>>,
     /// How often announcements were missed.
     missed: Mutex<usize>,
+    /// Keeps the answer of the first request for logs from that block on until it is told to go on.
+    held: Mutex<Option<(u64, Arc<Notify>)>>,
 }
 
 type Refuses = fn(&Call) -> bool;
@@ -184,6 +190,10 @@ impl Fake {
 impl Chain for Fake {
     async fn ask(&self, calls: Vec<Call>) -> Result<Vec<Answer>, Refused> {
         self.asked.lock().unwrap().push(calls.clone());
+        let held = self.held.lock().unwrap().take_if(|(block, _)| asks_from(&calls, *block));
+        if let Some((_, go_on)) = held {
+            go_on.notified().await;
+        }
         if let Some(refused) = self.refusals.lock().unwrap().pop_front() {
             return Err(refused);
         }
@@ -216,6 +226,12 @@ impl Chain for Fake {
     }
 }
 
+/// Whether there is a call for the logs of a range that begins with that block.
+fn asks_from(calls: &[Call], block: u64) -> bool {
+    let begins = |call: &Call| matches!(call, Call::Logs(LogFilter { span: Span::Range(range), .. }) if range.from() == block);
+    calls.iter().any(begins)
+}
+
 fn config(settings: &[(&str, &str)]) -> config::Config {
     let base = [
         ("chain.id", "1"),
@@ -233,6 +249,10 @@ fn config(settings: &[(&str, &str)]) -> config::Config {
 }
 
 fn open_store() -> Arc<Store> {
+    open_store_on(InMemoryBackend::new())
+}
+
+fn open_store_on(backend: impl StorageBackend) -> Arc<Store> {
     let identity = Identity {
         chain_id: 1,
         factory: FACTORY,
@@ -240,7 +260,7 @@ fn open_store() -> Arc<Store> {
         sink: "none".into(),
         ordering: "escrow".into(),
     };
-    Arc::new(Store::open_backend(InMemoryBackend::new(), identity, Some(0), Added::Read).unwrap())
+    Arc::new(Store::open_backend(backend, identity, Some(0), Added::Read).unwrap())
 }
 
 fn scanner(chain: &Arc<Fake>, store: &Arc<Store>, settings: &[(&str, &str)], until: Until) -> Scanner<Fake> {
@@ -751,6 +771,97 @@ async fn unfinal_blocks_are_asked_for_while_the_final_ones_are_committed_with_al
         let logs = |escrow: Address| entries(&store).iter().filter(|entry| entry.escrow == escrow).count();
         assert_eq!((logs(escrow(1)), store.cursor().unwrap().number), (6, 15));
     }
+}
+
+/// A disk that takes its time from when it is told to: a sync then waits until it may go on, for so long at most.
+#[derive(Debug, Default)]
+struct Slow {
+    disk: InMemoryBackend,
+    gate: Arc<Gate>,
+}
+
+#[derive(Debug, Default)]
+struct Gate {
+    closed: Mutex<bool>,
+    opened: Condvar,
+    /// Told when a sync waits.
+    waits: Notify,
+}
+
+impl StorageBackend for Slow {
+    fn len(&self) -> io::Result<u64> {
+        self.disk.len()
+    }
+
+    fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
+        self.disk.read(offset, out)
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.disk.set_len(len)
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        let closed = self.gate.closed.lock().unwrap();
+        if *closed {
+            self.gate.waits.notify_one();
+            let at_most = Duration::from_secs(20);
+            drop(self.gate.opened.wait_timeout_while(closed, at_most, |closed| *closed).unwrap());
+        }
+        self.disk.sync_data()
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.disk.write(offset, data)
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_comes_while_a_range_is_committed_is_followed_up_at_once_with_all_who_were_announced_there() {
+    let chain = Fake::new(Some(0));
+    chain.extend(&[1], &[]);
+    chain.extend(&[], &[1]);
+    chain.extend(&[2], &[1, 2]);
+    let (disk, go_on) = (Slow::default(), Arc::<Notify>::default());
+    let gate = Arc::clone(&disk.gate);
+    let store = open_store_on(disk);
+    let settings = [("rpc.requests_per_second", "1000"), ("rpc.max_range", "2")];
+    let mut scanner = scanner(&chain, &store, &settings, Until::Forever);
+    *chain.held.lock().unwrap() = Some((2, Arc::clone(&go_on)));
+    *gate.closed.lock().unwrap() = true;
+    let follow_ups = || {
+        let of_both = |call: &&Call| matches!(call, Call::Logs(filter) if filter.addresses.list() == [escrow(1), escrow(2)]);
+        let asked = chain.asked.lock().unwrap();
+        asked.iter().filter(|calls| asks_from(calls, 2)).flatten().filter(of_both).count()
+    };
+    let has_ended = Cell::new(false);
+    let reading = async {
+        let step = scanner.step().await.unwrap();
+        has_ended.set(true);
+        step
+    };
+    let meanwhile = async {
+        gate.waits.notified().await;
+        go_on.notify_one();
+        // Without one the disk goes on by itself after a while.
+        while follow_ups() == 0 && !has_ended.get() {
+            tokio::task::yield_now().await;
+        }
+        let seen = (follow_ups(), store.cursor());
+        *gate.closed.lock().unwrap() = false;
+        gate.opened.notify_all();
+        seen
+    };
+    let (step, seen) = tokio::join!(reading, meanwhile);
+    assert_eq!((step, seen), (Step::Progress, (1, None)));
+    settle(&mut scanner).await;
+    assert_eq!(follow_ups(), 1, "it was enough");
+    let escrows: Vec<Address> = entries(&store).iter().map(|entry| entry.escrow).collect();
+    assert_eq!(
+        escrows,
+        [1, 1, 2, 1, 2].map(escrow),
+        "announced, and an approval; announced, and one of either"
+    );
 }
 
 #[tokio::test(start_paused = true)]

@@ -106,6 +106,8 @@ impl Said {
     fn read<T: DeserializeOwned>(&self) -> Result<T, serde_json::Error> {
         match self {
             Self::Raw(raw) => serde_json::from_str(raw.get()),
+            // Whatever it is a list of.
+            Self::Logs(logs) if logs.is_empty() => serde_json::from_str("[]"),
             Self::Logs(_) => Err(de::Error::custom("a list")),
             Self::Header(_) => Err(de::Error::custom("an object")),
         }

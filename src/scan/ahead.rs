@@ -74,13 +74,17 @@ pub(super) struct Ahead {
     slots: VecDeque<Slot>,
     /// Announced in what was handed out and is not accepted yet.
     leaving: Vec<Address>,
+    /// Whether something was.
+    is_leaving: bool,
     /// Ranges to have under way: one after trouble, more as they are answered.
     width: usize,
+    /// Whether something was not answered since the last one was accepted.
+    in_doubt: bool,
 }
 
 impl Default for Ahead {
     fn default() -> Self {
-        Self { slots: VecDeque::new(), leaving: Vec::new(), width: 1 }
+        Self { slots: VecDeque::new(), leaving: Vec::new(), is_leaving: false, width: 1, in_doubt: false }
     }
 }
 
@@ -159,7 +163,10 @@ impl Ahead {
     /// What was handed out is accepted.
     pub fn accepted(&mut self) {
         self.leaving.clear();
-        self.width = (self.width * 2).min(RANGES);
+        self.is_leaving = false;
+        if !std::mem::take(&mut self.in_doubt) {
+            self.width = (self.width * 2).min(RANGES);
+        }
     }
 
     /// The block after the last one asked for.
@@ -193,9 +200,7 @@ impl Ahead {
 
     /// What is under way is of no use any more.
     pub fn clear(&mut self) {
-        self.slots.clear();
-        self.leaving.clear();
-        self.width = 1;
+        *self = Self::default();
     }
 
     /// Asks for a range. `linked`: with what says that it follows the block before it; `arrivals`: how many had come to be
@@ -222,6 +227,7 @@ impl Ahead {
         let Some(mut first) = self.take_one()? else {
             return Ok(None);
         };
+        self.is_leaving = true;
         while self.slots.front().is_some_and(|next| first.goes_on_with(next, registry)) {
             first.join(self.take_one()?.expect("it is there"));
         }
@@ -273,16 +279,17 @@ impl Ahead {
         let unanswered = |slot: &Slot| matches!(slot.state, State::Unanswered);
         if let Some(place) = self.slots.iter().position(unanswered) {
             self.slots.truncate(place);
-            self.width = 1;
+            (self.width, self.in_doubt) = (1, true);
         }
     }
 
     /// Asks for the logs of escrows that were not known when a range was asked for.
     pub fn follow<C: Chain>(&mut self, chain: &Arc<C>, following: &Following) {
         self.drop_unanswered();
-        let (slots, leaving) = (self.slots.make_contiguous(), &self.leaving);
+        let (slots, leaving, is_leaving) = (self.slots.make_contiguous(), &self.leaving, self.is_leaving);
         for place in 0..slots.len() {
-            let ahead = place > 0;
+            // Nobody waits for it before what was handed out is accepted, either.
+            let ahead = place > 0 || is_leaving;
             let (earlier, later) = slots.split_at_mut(place);
             let slot = &mut later[0];
             let is_new = slot.fresh.is_none();

@@ -196,7 +196,8 @@ impl Harvest {
         let (mut work, mut left) = (Vec::with_capacity(self.open), 0);
         for taken in self.taken.values_mut() {
             let is_open = match &taken.stage {
-                Stage::Fresh => ours.has(&taken.log.address),
+                // Of the factory it is only what was gathered since its announcements were read.
+                Stage::Fresh => taken.log.address != decoder.factory && ours.has(&taken.log.address),
                 Stage::Announces(_) => true,
                 Stage::Ready(_) | Stage::Other => false,
             };
@@ -232,7 +233,9 @@ impl Harvest {
         work: impl FnOnce(&mut Self, &Decoder) + Send + 'static,
     ) -> Self {
         if self.open < LOGS_A_THREAD {
-            work(&mut self, decoder);
+            if self.open > 0 {
+                work(&mut self, decoder);
+            }
             return self;
         }
         let decoder = decoder.clone();
@@ -254,7 +257,7 @@ impl Harvest {
         to_be_followed: impl FnOnce(&Self) -> bool,
     ) -> Result<Self, Trouble> {
         let mut harvest = self.aside(decoder, Self::read_announcements).await;
-        if to_be_followed(&harvest) {
+        if harvest.open == 0 || to_be_followed(&harvest) {
             return Ok(harvest);
         }
         let untimed = {

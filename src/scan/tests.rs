@@ -816,24 +816,19 @@ impl StorageBackend for Slow {
     }
 }
 
-#[tokio::test(start_paused = true)]
-async fn what_comes_while_a_range_is_committed_is_followed_up_at_once_with_all_who_were_announced_there() {
-    let chain = Fake::new(Some(0));
-    chain.extend(&[1], &[]);
-    chain.extend(&[], &[1]);
-    chain.extend(&[2], &[1, 2]);
+/// Reads the first range, blocks 0 and 1, from a node that keeps what comes behind it until that range is committed, on a disk
+/// that waits `until` something of it was seen. What was, and the cursor then.
+async fn read_amid_commit(
+    chain: &Arc<Fake>,
+    mut until: impl FnMut() -> bool,
+) -> (Arc<Store>, Scanner<Fake>, (bool, Option<BlockRef>)) {
     let (disk, go_on) = (Slow::default(), Arc::<Notify>::default());
     let gate = Arc::clone(&disk.gate);
     let store = open_store_on(disk);
     let settings = [("rpc.requests_per_second", "1000"), ("rpc.max_range", "2")];
-    let mut scanner = scanner(&chain, &store, &settings, Until::Forever);
+    let mut scanner = scanner(chain, &store, &settings, Until::Forever);
     *chain.held.lock().unwrap() = Some((2, Arc::clone(&go_on)));
     *gate.closed.lock().unwrap() = true;
-    let follow_ups = || {
-        let of_both = |call: &&Call| matches!(call, Call::Logs(filter) if filter.addresses.list() == [escrow(1), escrow(2)]);
-        let asked = chain.asked.lock().unwrap();
-        asked.iter().filter(|calls| asks_from(calls, 2)).flatten().filter(of_both).count()
-    };
     let has_ended = Cell::new(false);
     let reading = async {
         let step = scanner.step().await.unwrap();
@@ -843,17 +838,36 @@ async fn what_comes_while_a_range_is_committed_is_followed_up_at_once_with_all_w
     let meanwhile = async {
         gate.waits.notified().await;
         go_on.notify_one();
-        // Without one the disk goes on by itself after a while.
-        while follow_ups() == 0 && !has_ended.get() {
+        // Else the disk goes on by itself after a while.
+        while !until() && !has_ended.get() {
             tokio::task::yield_now().await;
         }
-        let seen = (follow_ups(), store.cursor());
+        for _ in 0..100 {
+            tokio::task::yield_now().await;
+        }
+        let seen = (until(), store.cursor());
         *gate.closed.lock().unwrap() = false;
         gate.opened.notify_all();
         seen
     };
     let (step, seen) = tokio::join!(reading, meanwhile);
-    assert_eq!((step, seen), (Step::Progress, (1, None)));
+    assert_eq!(step, Step::Progress);
+    (store, scanner, seen)
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_comes_while_a_range_is_committed_is_followed_up_at_once_with_all_who_were_announced_there() {
+    let chain = Fake::new(Some(0));
+    chain.extend(&[1], &[]);
+    chain.extend(&[], &[1]);
+    chain.extend(&[2], &[1, 2]);
+    let follow_ups = || {
+        let of_both = |call: &&Call| matches!(call, Call::Logs(filter) if filter.addresses.list() == [escrow(1), escrow(2)]);
+        let asked = chain.asked.lock().unwrap();
+        asked.iter().filter(|calls| asks_from(calls, 2)).flatten().filter(of_both).count()
+    };
+    let (store, mut scanner, seen) = read_amid_commit(&chain, || follow_ups() > 0).await;
+    assert_eq!(seen, (true, None));
     settle(&mut scanner).await;
     assert_eq!(follow_ups(), 1, "it was enough");
     let escrows: Vec<Address> = entries(&store).iter().map(|entry| entry.escrow).collect();
@@ -862,6 +876,29 @@ async fn what_comes_while_a_range_is_committed_is_followed_up_at_once_with_all_w
         [1, 1, 2, 1, 2].map(escrow),
         "announced, and an approval; announced, and one of either"
     );
+}
+
+#[tokio::test(start_paused = true)]
+async fn after_one_that_is_not_answered_while_a_range_is_committed_ranges_are_asked_for_one_at_a_time() {
+    let chain = Fake::new(Some(0));
+    chain.extend(&[1], &[]);
+    (2..10).for_each(|_| chain.extend(&[], &[1]));
+    let is_refused = Cell::new(false);
+    let refused = || {
+        if !is_refused.replace(true) {
+            chain.refusals.lock().unwrap().push_back(Refused::Unknown("busy".into()));
+        }
+        chain.refusals.lock().unwrap().is_empty()
+    };
+    let (store, mut scanner, seen) = read_amid_commit(&chain, refused).await;
+    assert_eq!(seen, (true, None));
+    chain.forget();
+    assert_eq!(scanner.step().await.unwrap(), Step::Progress);
+    let ranges =
+        |from: u64| chain.asked.lock().unwrap().iter().filter(|calls| asks_from(calls, from)).count();
+    assert_eq!([2, 4].map(ranges), [1, 0]);
+    settle(&mut scanner).await;
+    assert_eq!(entries(&store).len(), 9);
 }
 
 #[tokio::test(start_paused = true)]

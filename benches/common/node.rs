@@ -1,5 +1,6 @@
 //! A node that costs next to nothing: every log is JSON before it is asked for, and an answer is copied together. It has
 //! a thread of its own, speaks real HTTP, answers after a given latency, and counts. Heads it announces over a web socket.
+//! It refuses what geth and reth refuse, in their words.
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -20,6 +21,13 @@ use tokio_tungstenite::accept_async;
 use tokio_tungstenite::tungstenite::Message;
 
 use super::events::{Emitted, block_hash, block_time};
+
+/// What geth takes in one filter, in addresses.
+const MAX_ADDRESSES: usize = 1_000;
+/// What reth takes in one `eth_getLogs`, in blocks.
+const MAX_BLOCKS: usize = 100_000;
+/// What reth answers to it, in logs, if it is for more than one block.
+const MAX_LOGS: usize = 20_000;
 
 /// What was asked since it was last looked at.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -356,10 +364,17 @@ impl Shared {
         if call.method == "eth_getLogs" {
             self.get_logs.fetch_add(1, Ordering::Relaxed);
         }
+        let start = out.len();
         put(out, format_args!("{{\"jsonrpc\":\"2.0\",\"id\":{},\"result\":", call.id));
-        let logs = chain.result(call, out);
+        let result = chain.result(call, out);
+        if let Err(refusal) = &result {
+            out.truncate(start);
+            let id = call.id;
+            let error = format_args!("{{\"code\":-32602,\"message\":\"{refusal}\"}}");
+            put(out, format_args!("{{\"jsonrpc\":\"2.0\",\"id\":{id},\"error\":{error}"));
+        }
         out.push('}');
-        logs
+        result.unwrap_or(0)
     }
 }
 
@@ -420,8 +435,8 @@ impl Chain {
         self.logs.push(Log { topic: log.topics[0], text: start..self.text.len() });
     }
 
-    /// Writes the result; how many logs it has.
-    fn result(&self, call: &Call<'_>, out: &mut String) -> u64 {
+    /// Writes the result; how many logs it has. Or why there is none.
+    fn result(&self, call: &Call<'_>, out: &mut String) -> Result<u64, String> {
         match &*call.method {
             "eth_chainId" => out.push_str("\"0x1\""),
             "eth_blockNumber" => put(out, format_args!("\"{:#x}\"", self.head())),
@@ -442,10 +457,10 @@ impl Chain {
             }
             other => panic!("{other} is not known here"),
         }
-        0
+        Ok(0)
     }
 
-    fn logs(&self, filter: &Filter<'_>, out: &mut String) -> u64 {
+    fn logs(&self, filter: &Filter<'_>, out: &mut String) -> Result<u64, String> {
         let (from, to) = match filter.block_hash {
             Some(hash) => (self.by_hash[&hash], self.by_hash[&hash]),
             None => {
@@ -453,6 +468,12 @@ impl Chain {
                 (bound(&filter.from_block), bound(&filter.to_block))
             }
         };
+        if filter.address.wanted().len() > MAX_ADDRESSES {
+            return Err("exceed max addresses or topics per search position".to_owned());
+        }
+        if to - from > MAX_BLOCKS {
+            return Err(format!("query exceeds max block range {MAX_BLOCKS}"));
+        }
         let range = self.blocks[from].logs.start..self.blocks[to].logs.end;
         let topics = filter.topics.first().map_or(&[][..], Among::wanted);
         let any_topic = topics.is_empty() || self.topics.iter().all(|topic| topics.contains(topic));
@@ -472,7 +493,13 @@ impl Chain {
             }
         };
         out.push(']');
-        count as u64
+        if count > MAX_LOGS && from < to {
+            // All there are, though fewer may be meant: then it is a smaller range than could be.
+            let logs = |to: usize| self.blocks[to].logs.end - self.blocks[from].logs.start;
+            let most = (from..to).take_while(|to| logs(*to) <= MAX_LOGS).last().unwrap_or(from);
+            return Err(format!("query exceeds max results {MAX_LOGS}, retry with the range {from}-{most}"));
+        }
+        Ok(count as u64)
     }
 
     fn logs_of(&self, address: &Address, range: &Range<usize>) -> &[usize] {

@@ -1,11 +1,12 @@
 //! Which events are relayed, and the decoding of a log into one.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use alloy::dyn_abi::{DynSolEvent, DynSolValue, Specifier};
 use alloy::json_abi::{Event as AbiEvent, EventParam};
 use alloy::primitives::{Address, B256};
+use foldhash::HashMap;
 use thiserror::Error;
 
 use super::extent::is_bounded;

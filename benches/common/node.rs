@@ -364,14 +364,13 @@ impl Shared {
         if call.method == "eth_getLogs" {
             self.get_logs.fetch_add(1, Ordering::Relaxed);
         }
+        put(out, format_args!("{{\"jsonrpc\":\"2.0\",\"id\":{},", call.id));
         let start = out.len();
-        put(out, format_args!("{{\"jsonrpc\":\"2.0\",\"id\":{},\"result\":", call.id));
+        out.push_str("\"result\":");
         let result = chain.result(call, out);
         if let Err(refusal) = &result {
             out.truncate(start);
-            let id = call.id;
-            let error = format_args!("{{\"code\":-32602,\"message\":\"{refusal}\"}}");
-            put(out, format_args!("{{\"jsonrpc\":\"2.0\",\"id\":{id},\"error\":{error}"));
+            put(out, format_args!("\"error\":{{\"code\":-32602,\"message\":\"{refusal}\"}}"));
         }
         out.push('}');
         result.unwrap_or(0)

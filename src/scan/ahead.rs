@@ -72,10 +72,8 @@ impl Fetched {
 
 pub(super) struct Ahead {
     slots: VecDeque<Slot>,
-    /// Announced in what was handed out and is not accepted yet.
-    leaving: Vec<Address>,
-    /// Whether something was.
-    is_leaving: bool,
+    /// Announced in what was handed out and is not accepted yet, if something was.
+    leaving: Option<Vec<Address>>,
     /// Ranges to have under way: one after trouble, more as they are answered.
     width: usize,
     /// Whether something was not answered since the last one was accepted.
@@ -84,7 +82,7 @@ pub(super) struct Ahead {
 
 impl Default for Ahead {
     fn default() -> Self {
-        Self { slots: VecDeque::new(), leaving: Vec::new(), is_leaving: false, width: 1, in_doubt: false }
+        Self { slots: VecDeque::new(), leaving: None, width: 1, in_doubt: false }
     }
 }
 
@@ -162,8 +160,7 @@ impl Ahead {
 
     /// What was handed out is accepted.
     pub fn accepted(&mut self) {
-        self.leaving.clear();
-        self.is_leaving = false;
+        self.leaving = None;
         if !std::mem::take(&mut self.in_doubt) {
             self.width = (self.width * 2).min(RANGES);
         }
@@ -176,7 +173,7 @@ impl Ahead {
 
     /// Escrows announced in what is not accepted, and not asked for when it came; `None` while it is not known of all.
     pub fn announced(&self) -> Option<AddressSet> {
-        let mut all: AddressSet = self.leaving.iter().copied().collect();
+        let mut all: AddressSet = self.leaving.iter().flatten().copied().collect();
         for slot in &self.slots {
             all.extend(slot.fresh.as_ref()?.iter().map(|(escrow, _)| *escrow));
         }
@@ -227,7 +224,6 @@ impl Ahead {
         let Some(mut first) = self.take_one()? else {
             return Ok(None);
         };
-        self.is_leaving = true;
         while self.slots.front().is_some_and(|next| first.goes_on_with(next, registry)) {
             first.join(self.take_one()?.expect("it is there"));
         }
@@ -243,7 +239,8 @@ impl Ahead {
                 let (Ends { parent, end }, harvest) = *there;
                 let Slot { range, way, addresses, started, fresh, .. } =
                     self.slots.pop_front().expect("it is");
-                self.leaving.extend(fresh.iter().flatten().map(|(escrow, _)| *escrow));
+                let leaving = self.leaving.get_or_insert_default();
+                leaving.extend(fresh.iter().flatten().map(|(escrow, _)| *escrow));
                 let logs = harvest.len();
                 let answered = vec![Answered { blocks: range.blocks(), addresses, logs }];
                 let harvests = vec![harvest];
@@ -286,10 +283,10 @@ impl Ahead {
     /// Asks for the logs of escrows that were not known when a range was asked for.
     pub fn follow<C: Chain>(&mut self, chain: &Arc<C>, following: &Following) {
         self.drop_unanswered();
-        let (slots, leaving, is_leaving) = (self.slots.make_contiguous(), &self.leaving, self.is_leaving);
+        let (slots, leaving) = (self.slots.make_contiguous(), self.leaving.as_deref());
         for place in 0..slots.len() {
             // Nobody waits for it before what was handed out is accepted, either.
-            let ahead = place > 0 || is_leaving;
+            let ahead = place > 0 || leaving.is_some();
             let (earlier, later) = slots.split_at_mut(place);
             let slot = &mut later[0];
             let is_new = slot.fresh.is_none();
@@ -302,7 +299,8 @@ impl Ahead {
             }
             if slot.way == Way::Addresses
                 && matches!(slot.state, State::There(_))
-                && let Some((from, addresses)) = slot.news(following, leaving, earlier, is_new)
+                && let Some((from, addresses)) =
+                    slot.news(following, leaving.unwrap_or_default(), earlier, is_new)
             {
                 slot.follow(chain, following, ahead, from, addresses);
             }

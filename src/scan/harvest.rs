@@ -232,10 +232,11 @@ impl Harvest {
         decoder: &Decoder,
         work: impl FnOnce(&mut Self, &Decoder) + Send + 'static,
     ) -> Self {
+        if self.open == 0 {
+            return self;
+        }
         if self.open < LOGS_A_THREAD {
-            if self.open > 0 {
-                work(&mut self, decoder);
-            }
+            work(&mut self, decoder);
             return self;
         }
         let decoder = decoder.clone();

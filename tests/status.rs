@@ -212,12 +212,15 @@ async fn readiness_ends_with_a_silent_provider_or_with_blocks_left_unread_and_co
     faults.heal();
     pages.wait_ready().await;
 
-    // Heads go on, and logs are not to be had.
+    // Heads go on, and logs are not to be had. The blocks are mined while nothing is answered, so that they are seen at
+    // once: at one seen in between it would insist on that one's logs, and not learn of the others.
+    faults.on_request(|_, _| Fault::Status(503, "", "not now"));
+    pages.wait_unready("no_provider").await;
+    world.chain.mine(5).await;
     faults.on_request(|_, calls| match calls.iter().any(|call| call["method"] == "eth_getLogs") {
         true => Fault::OneError(-32005, "rate limit exceeded"),
         false => Fault::Pass,
     });
-    world.chain.mine(5).await;
     let behind = pages.wait_unready("behind").await;
     let text = behind.json()["reasons"].to_string();
     assert!(text.contains("http.ready_lag_blocks is 3"), "{text}");

@@ -27,10 +27,9 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use foldhash::{HashMap, HashMapExt, HashSet, HashSetExt};
-use futures_util::StreamExt;
-use futures_util::stream::FuturesUnordered;
 use thiserror::Error;
 use tokio::sync::{mpsc, watch};
+use tokio::task::{JoinError, JoinSet};
 use tokio::time::Instant;
 use tracing::{error, info, warn};
 
@@ -153,7 +152,8 @@ pub fn lane_of(entry: &Entry, ordering: config::Ordering, sequential: bool) -> S
 }
 
 type Finished = (LaneId, usize, Receipt);
-type Commit = Pin<Box<dyn Future<Output = Result<(), StoreError>> + Send>>;
+/// What is under way on the disk, if something is, and how many messages it is about.
+type OnDisk<T> = Option<(usize, Pin<Box<dyn Future<Output = Result<T, StoreError>> + Send>>)>;
 
 /// Publishes the event log, one step at a time.
 pub struct Publisher<S> {
@@ -169,7 +169,7 @@ pub struct Publisher<S> {
     ready: BTreeSet<(u64, LaneId)>,
     /// Lanes waiting to try again.
     retries: BTreeSet<(Instant, LaneId)>,
-    in_flight: FuturesUnordered<Pin<Box<dyn Future<Output = Finished> + Send>>>,
+    in_flight: JoinSet<Finished>,
     /// Messages handed over and neither committed as acknowledged nor provably refused.
     outstanding: usize,
     /// Messages claimed and not acknowledged.
@@ -180,12 +180,14 @@ pub struct Publisher<S> {
     /// Messages refused for the first time, to be noted in the store: position, lane and reason.
     refused: Vec<(u64, String, String)>,
     /// Whether it publishes what waits, or only what it is ordered to send again.
-    claiming: bool,
+    claims: bool,
+    /// Entries that are being read.
+    claiming: OnDisk<Vec<(LaneId, Item)>>,
     orders: Option<mpsc::Receiver<Order>>,
     /// Orders that wait for room, or for their lane to rest.
     pending: VecDeque<Order>,
-    /// The commit under way and how many acknowledgements it holds.
-    committing: Option<(usize, Commit)>,
+    /// Acknowledgements that are being committed.
+    committing: OnDisk<()>,
     outage: Option<Outage>,
     /// Lanes whose first message is refused.
     blocked: HashSet<LaneId>,
@@ -220,13 +222,14 @@ impl<S: Sink> Publisher<S> {
             lanes: HashMap::new(),
             ready: BTreeSet::new(),
             retries: BTreeSet::new(),
-            in_flight: FuturesUnordered::new(),
+            in_flight: JoinSet::new(),
             outstanding: 0,
             held: 0,
             acknowledged: Vec::new(),
             acknowledged_at: None,
             refused: Vec::new(),
-            claiming: true,
+            claims: true,
+            claiming: None,
             orders: None,
             pending: VecDeque::new(),
             committing: None,
@@ -265,7 +268,7 @@ impl<S: Sink> Publisher<S> {
     async fn try_step(&mut self) -> Result<Step, PublishError> {
         // Before what waits, which would leave them no room for as long as there is more of it.
         self.obey().await?;
-        self.refill().await?;
+        self.start_claim();
         self.wake(Instant::now());
         let permitted = self.permit.holds();
         if permitted {
@@ -277,7 +280,7 @@ impl<S: Sink> Publisher<S> {
         }
         let gathering = self.gathering_until.filter(|until| *until > Instant::now());
         let next_try = [self.next_try(), gathering, folding].into_iter().flatten().min();
-        if self.in_flight.is_empty() && self.committing.is_none() {
+        if self.in_flight.is_empty() && self.committing.is_none() && self.claiming.is_none() {
             return Ok(match next_try {
                 _ if !permitted => Step::Wait(UNPERMITTED),
                 _ if gathering.is_none() && self.has_more() && self.has_room() => Step::Progress,
@@ -289,14 +292,13 @@ impl<S: Sink> Publisher<S> {
         let next_try = next_try.filter(|_| permitted);
         let room = self.has_room();
         // The sink may take its time; a commit may not.
-        let patient = self.committing.is_none();
+        let patient = self.committing.is_none() && self.claiming.is_none();
         let beat = async { self.vitals.while_waiting(Loop::Publish, std::future::pending::<()>()).await };
         tokio::select! {
-            Some((lane, sent, receipt)) = self.in_flight.next(), if !self.in_flight.is_empty() => {
-                self.finished(lane, sent, receipt)?;
-            }
+            Some(finished) = self.in_flight.join_next() => self.finished(finished)?,
             () = beat, if patient => {}
-            result = commit_of(&mut self.committing) => self.committed(result)?,
+            (_, claimed) = ended(&mut self.claiming) => self.claimed(claimed?),
+            (count, committed) = ended(&mut self.committing) => self.committed(count, committed)?,
             changed = self.appended.changed(), if room => changed.expect("the store outlives its publisher"),
             order = Self::next_order(&mut self.orders) => self.pending.push_back(order),
             () = tokio::time::sleep_until(next_try.unwrap_or_else(Instant::now)), if next_try.is_some() => {}
@@ -308,15 +310,14 @@ impl<S: Sink> Publisher<S> {
 
     /// Whether entries wait that it has not claimed.
     fn has_more(&self) -> bool {
-        self.claiming && !self.store.all_claimed()
+        self.claims && !self.store.all_claimed()
     }
 
     /// Whether nothing is left to publish but what blocked lanes hold.
     pub fn is_drained(&self) -> bool {
-        let committed = self.committing.is_none() && self.acknowledged.is_empty() && self.refused.is_empty();
-        let busy = !self.in_flight.is_empty() || !committed || !self.pending.is_empty();
-        let all_claimed = !self.has_more() || self.said_full;
-        !busy && all_claimed && self.blocked.len() == self.lanes.len()
+        let rests = self.in_flight.is_empty() && self.claiming.is_none() && self.committing.is_none();
+        let done = self.acknowledged.is_empty() && self.refused.is_empty() && self.pending.is_empty();
+        rests && done && self.blocked.len() == self.lanes.len() && (!self.has_more() || self.said_full)
     }
 
     /// Lanes whose first message is refused, with the reason.
@@ -330,42 +331,52 @@ impl<S: Sink> Publisher<S> {
         loop {
             self.start_commit();
             if self.in_flight.is_empty() && self.committing.is_none() {
-                return Ok(());
+                break;
             }
             tokio::select! {
-                Some((lane, sent, receipt)) = self.in_flight.next(), if !self.in_flight.is_empty() => {
-                    self.finished(lane, sent, receipt)?;
-                }
-                result = commit_of(&mut self.committing) => self.committed(result)?,
+                Some(finished) = self.in_flight.join_next() => self.finished(finished)?,
+                (count, committed) = ended(&mut self.committing) => self.committed(count, committed)?,
             }
         }
+        Ok(())
     }
 
-    /// Claims entries from the log while there is room for them in memory.
-    async fn refill(&mut self) -> Result<(), PublishError> {
+    /// Claims entries from the log while there is room for them in memory. What is under way goes on meanwhile.
+    fn start_claim(&mut self) {
+        if self.claiming.is_some() {
+            return;
+        }
         if !self.has_more() {
             self.gathering_until = None;
-            return Ok(());
+            return;
         }
         // Where a lane is an escrow, what has piled up goes out escrow by escrow: many messages in one request.
-        let by_escrow = self.ordering == config::Ordering::Escrow && !self.sink.is_sequential();
+        let (ordering, sequential) = (self.ordering, self.sink.is_sequential());
+        let by_escrow = ordering == config::Ordering::Escrow && !sequential;
         let room = self.has_room();
         if by_escrow && self.gathers() || !room {
-            return Ok(());
+            return;
         }
         let limit = self.window().saturating_sub(self.uncommitted()).clamp(1, RUN_MESSAGES);
         let (more, max_outstanding) = (self.completing(), self.max_outstanding);
-        let claim = move |store: &Store| match by_escrow {
-            true => store.claim_by_escrow(limit, more, max_outstanding),
-            false => store.claim(limit),
+        let claim = move |store: &Store| {
+            let claimed = match by_escrow {
+                true => store.claim_by_escrow(limit, more, max_outstanding),
+                false => store.claim(limit),
+            };
+            let chain_id = store.identity().chain_id;
+            let item = |Claimed { position, entry }| {
+                let message = Arc::new(Message::of(&entry, chain_id, ordering));
+                (LaneId::of(&entry, ordering, sequential), Item { position, message, replaying: None })
+            };
+            Ok(claimed?.into_iter().map(item).collect())
         };
-        let claimed = on_disk(&self.store, claim).await?;
-        for Claimed { position, entry } in claimed {
-            let id = LaneId::of(&entry, self.ordering, self.sink.is_sequential());
-            let message = Arc::new(self.message(&entry));
-            self.enqueue(id, Item { position, message, replaying: None });
-        }
-        Ok(())
+        let store = Arc::clone(&self.store);
+        self.claiming = Some((limit, Box::pin(async move { on_disk(&store, claim).await })));
+    }
+
+    fn claimed(&mut self, items: Vec<(LaneId, Item)>) {
+        items.into_iter().for_each(|(id, item)| self.enqueue(id, item));
     }
 
     /// Whether what waits is left in the store, so that more of the same escrows joins it.
@@ -381,9 +392,12 @@ impl<S: Sink> Publisher<S> {
         Message::of(entry, self.store.identity().chain_id, self.ordering)
     }
 
-    /// Messages claimed whose acknowledgement is not committed.
+    /// Messages claimed, or being claimed, whose acknowledgement is not committed.
     fn uncommitted(&self) -> usize {
-        self.held + self.acknowledged.len() + self.committing.as_ref().map_or(0, |(count, _)| *count)
+        fn under_way<T>(work: &OnDisk<T>) -> usize {
+            work.as_ref().map_or(0, |(count, _)| *count)
+        }
+        self.held + self.acknowledged.len() + under_way(&self.claiming) + under_way(&self.committing)
     }
 
     /// How many these may be at most when more are claimed: beside what blocked lanes keep from moving, and what is kept for
@@ -496,15 +510,18 @@ impl<S: Sink> Publisher<S> {
         let run = lane.start_run(limit.min(RUN_MESSAGES), RUN_BYTES);
         self.outstanding += lane.outstanding() - before;
         let (sink, sent) = (Arc::clone(&self.sink), run.len());
-        self.in_flight.push(Box::pin(async move {
+        self.in_flight.spawn(async move {
             let began = Instant::now();
             let receipt = sink.publish(run).await;
             metrics::publish_took(began.elapsed());
             (id, sent, receipt)
-        }));
+        });
     }
 
-    fn finished(&mut self, id: LaneId, sent: usize, receipt: Receipt) -> Result<(), PublishError> {
+    fn finished(&mut self, finished: Result<Finished, JoinError>) -> Result<(), PublishError> {
+        // Runs are cancelled with their publisher only.
+        let panicked = |error: JoinError| std::panic::resume_unwind(error.into_panic());
+        let (id, sent, receipt) = finished.unwrap_or_else(panicked);
         let lane = self.lanes.get_mut(&id).expect("a lane with a run under way exists");
         let done = lane.finish_run(receipt.acknowledged);
         self.held -= done.len();
@@ -666,8 +683,8 @@ impl<S: Sink> Publisher<S> {
         self.committing = Some((count, Box::pin(commit)));
     }
 
-    fn committed(&mut self, (count, result): (usize, Result<(), StoreError>)) -> Result<(), PublishError> {
-        result?;
+    fn committed(&mut self, count: usize, committed: Result<(), StoreError>) -> Result<(), PublishError> {
+        committed?;
         if count == 0 {
             return Ok(());
         }
@@ -690,12 +707,12 @@ impl<S: Sink> Publisher<S> {
     }
 }
 
-/// The commit under way; pends for ever if there is none.
-async fn commit_of(committing: &mut Option<(usize, Commit)>) -> (usize, Result<(), StoreError>) {
-    let Some((count, commit)) = committing else {
+/// What came of it, and how many messages it was about; pends for ever if nothing is under way.
+async fn ended<T>(work: &mut OnDisk<T>) -> (usize, Result<T, StoreError>) {
+    let Some((count, under_way)) = work else {
         return std::future::pending().await;
     };
-    let done = (*count, commit.await);
-    *committing = None;
+    let done = (*count, under_way.await);
+    *work = None;
     done
 }

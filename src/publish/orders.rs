@@ -70,7 +70,7 @@ impl<S: Sink> Publisher<S> {
 
     /// Publishes nothing of its own accord: only what it is ordered to send again.
     pub fn only_ordered(mut self) -> Self {
-        self.claiming = false;
+        self.claims = false;
         self
     }
 
@@ -212,7 +212,7 @@ impl<S: Sink> Publisher<S> {
     /// Waits for entries to be appended, or for an order.
     pub async fn woken(&mut self) {
         tokio::select! {
-            changed = self.appended.changed(), if self.claiming => changed.expect("the store outlives its publisher"),
+            changed = self.appended.changed(), if self.claims => changed.expect("the store outlives its publisher"),
             order = Self::next_order(&mut self.orders) => self.pending.push_back(order),
         }
     }

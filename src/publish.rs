@@ -326,7 +326,7 @@ impl<S: Sink> Publisher<S> {
         self.blocked.iter().filter_map(|id| Some((id.to_string(), reason(id)?))).collect()
     }
 
-    /// Lets what is under way finish and commits its acknowledgements; hands over nothing more.
+    /// Lets what is under way finish and commits its acknowledgements, for good: hands over nothing more.
     pub async fn drain(&mut self) -> Result<(), PublishError> {
         loop {
             self.start_commit();
@@ -337,6 +337,9 @@ impl<S: Sink> Publisher<S> {
                 Some(finished) = self.in_flight.join_next() => self.finished(finished)?,
                 (count, committed) = ended(&mut self.committing) => self.committed(count, committed)?,
             }
+        }
+        if self.outstanding == 0 {
+            on_disk(&self.store, Store::nothing_in_doubt).await?;
         }
         Ok(())
     }

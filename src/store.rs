@@ -304,7 +304,7 @@ impl Store {
         let late_reads = Mutex::new(late::load(&db)?);
         let read = db.begin_read()?;
         let registry = Registry::load(&read.open_table(REGISTRY)?)?;
-        let watermark = read.open_table(MARKS)?.get(WATERMARK)?.map_or(0, |mark| mark.value());
+        let (watermark, claims) = Claims::load(&read, progress.next_position)?;
         let mut acknowledged_above = 0;
         for run in read.open_table(ACKNOWLEDGED)?.iter()? {
             let (start, end) = run?;
@@ -317,7 +317,7 @@ impl Store {
             identity: life.identity,
             epoch: life.epoch,
             late_reads,
-            claims: Mutex::new(Claims::new(watermark, progress.next_position)),
+            claims: Mutex::new(claims),
             appended: watch::Sender::new(Appended { end: progress.next_position, more: false }),
             writer: Mutex::new(()),
             progress: Mutex::new(progress),

@@ -685,12 +685,12 @@ fn in_doubt(sink: &Script, store: &Store) -> usize {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 96, ..ProptestConfig::default() })]
 
-    /// A backlog goes out escrow by escrow, and the process is killed again and again while it does, and while more is
-    /// appended and what is done is pruned: all arrive, in order, and what may be repeated never grows beyond the bound.
+    /// A backlog goes out escrow by escrow, and the process is killed again and again while it does, or stopped, and while more
+    /// is appended and what is done is pruned: all arrive, in order, and what may be repeated never grows beyond the bound.
     #[test]
     fn however_often_it_is_killed_no_more_is_in_doubt_than_may_be_and_all_arrive_in_order(
         script in prop::collection::vec(acts(), 0..20),
-        lives in prop::collection::vec((0usize..40, prop::collection::vec(1u8..7, 0..40)), 1..6),
+        lives in prop::collection::vec((0usize..40, prop::collection::vec(1u8..7, 0..40), any::<bool>()), 1..6),
         max_outstanding in prop_oneof![1usize..9, 30usize..40],
         (backlog, entries) in (1u64..20, 1u64..40),
     ) {
@@ -709,7 +709,7 @@ proptest! {
             append(&store, &[1, 2, 3, 4, 5, 6], &[]);
             drop(store);
             let mut counts = [1; 6];
-            for (steps, approvals) in lives {
+            for (steps, approvals, stops) in lives {
                 let (store, mut publisher) = begin();
                 approvals.iter().for_each(|number| counts[usize::from(*number) - 1] += 1);
                 append(&store, &[], &approvals);
@@ -720,6 +720,9 @@ proptest! {
                     store.prune(0, 3).unwrap();
                     let in_doubt = in_doubt(&sink, &store);
                     assert!(in_doubt <= max_outstanding, "{in_doubt} of at most {max_outstanding}");
+                }
+                if stops {
+                    publisher.drain().await.unwrap();
                 }
                 killed(publisher, store).await;
             }
@@ -754,6 +757,70 @@ async fn a_backlog_goes_out_escrow_by_escrow_and_what_follows_it_in_order() {
     let before = sink.stored().len();
     drain(&mut publisher).await;
     assert_eq!(sink.stored()[before..], ["0x04:12", "0x03:12", "0x02:12", "0x01:12"]);
+}
+
+/// How the process before ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Before {
+    /// It had nothing handed over.
+    Idle,
+    Stopped,
+    /// The sink had all of it, and no answer had come.
+    StoppedUnanswered,
+    /// After all it had handed over was acknowledged.
+    Killed,
+    /// The same; then another one was stopped that had not got through what that one left.
+    KilledThenStopped,
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_backlog_that_is_found_goes_out_escrow_by_escrow_unless_some_of_it_may_have_gone_out_before() {
+    use Before::{Idle, Killed, KilledThenStopped, Stopped, StoppedUnanswered};
+    for before in [Idle, Stopped, StoppedUnanswered, Killed, KilledThenStopped] {
+        let disk = Disk(Arc::default());
+        let sink = Arc::new(Script::default());
+        let begin = || {
+            let store = Arc::new(open(disk.clone()));
+            store.group_by(Groups { backlog: 20, ..Groups::default() });
+            let publisher = Publisher::new(Arc::clone(&sink), Arc::clone(&store), &settings(6));
+            (store, publisher)
+        };
+        let (store, mut publisher) = begin();
+        append(&store, &[1, 2, 3, 4, 5, 6], &[]);
+        match before {
+            Idle => {}
+            StoppedUnanswered => {
+                *sink.acts.lock().unwrap() = [Act::LoseAnswer; 6].into();
+                while sink.stored().is_empty() {
+                    publisher.step().await.unwrap();
+                }
+            }
+            Stopped | Killed | KilledThenStopped => drain(&mut publisher).await,
+        }
+        append(&store, &[], &(1..=6).cycle().take(30).collect::<Vec<_>>());
+        if matches!(before, Stopped | StoppedUnanswered) {
+            publisher.drain().await.unwrap();
+        }
+        killed(publisher, store).await;
+        if before == KilledThenStopped {
+            let (store, mut publisher) = begin();
+            assert_eq!(publisher.step().await.unwrap(), Step::Progress);
+            publisher.drain().await.unwrap();
+            killed(publisher, store).await;
+        }
+        let handed = sink.attempts.lock().unwrap().len();
+        drain(&mut begin().1).await;
+        let attempts = sink.attempts.lock().unwrap();
+        let first = attempts[handed].clone();
+        // An escrow has at most half of what may be repeated.
+        let expected: &[&str] = match before {
+            Idle => &["0x01:1", "0x01:2", "0x01:3"],
+            Stopped => &["0x01:2", "0x01:3", "0x01:4"],
+            StoppedUnanswered => &["0x01:1"],
+            Killed | KilledThenStopped => &["0x01:2"],
+        };
+        assert_eq!(first, expected, "{before:?}");
+    }
 }
 
 /// A publisher that takes orders.

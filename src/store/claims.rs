@@ -12,6 +12,8 @@
 //!    all are acknowledged. So a second crash repeats nothing that the first one did not; beside lanes that are blocked,
 //!    which is not known at first, it may.
 //! 3. What a group holds in memory is bounded.
+//! 4. Before entries are handed out in log order it is written down that such ones may be in doubt, until it is known that none
+//!    is: only then a backlog that a process before left is handed out in groups at once.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -20,7 +22,7 @@ use alloy::primitives::map::AddressMap;
 use redb::{ReadTransaction, ReadableDatabase};
 
 use super::runs::run_end;
-use super::schema::{ACKNOWLEDGED, EVENT_LOG, GROUP_END, GROUP_START, MARKS, WATERMARK};
+use super::schema::{ACKNOWLEDGED, EVENT_LOG, GROUP_END, GROUP_START, IN_DOUBT, MARKS, WATERMARK};
 use super::{Entry, Store, StoreError, lock, log};
 
 /// When a group is made, and how large it becomes.
@@ -65,15 +67,33 @@ pub(super) struct Claims {
     opened_at: u64,
     /// Entries handed out in log order since then, after the last group that was stored then.
     in_order: u64,
-    /// A group was made since: nothing behind it can have been handed out before.
+    /// A group was made since, or a process before left nothing in doubt: nothing from the next entry on can have been handed
+    /// out before.
     settled: bool,
+    /// What is written down: entries that were handed out in log order may lack their acknowledgement.
+    in_doubt: bool,
+    /// Those of a process before lie below it.
+    doubtful_below: u64,
 }
 
 impl Claims {
-    /// Beginning at the watermark, with a log of so many entries.
-    pub fn new(watermark: u64, end: u64) -> Self {
-        let (groups, group) = (Groups::default(), VecDeque::new());
-        Self { next: watermark, seen_below: end, groups, group, opened_at: end, in_order: 0, settled: false }
+    /// Beginning at the watermark, which comes first, with a log of so many entries.
+    pub fn load(read: &ReadTransaction, end: u64) -> Result<(u64, Self), StoreError> {
+        let marks = read.open_table(MARKS)?;
+        let watermark = marks.get(WATERMARK)?.map_or(0, |mark| mark.value());
+        let in_doubt = marks.get(IN_DOUBT)?.is_none_or(|mark| mark.value() != 0);
+        let claims = Self {
+            next: watermark,
+            seen_below: end,
+            groups: Groups::default(),
+            group: VecDeque::new(),
+            opened_at: end,
+            in_order: 0,
+            settled: !in_doubt,
+            in_doubt,
+            doubtful_below: if in_doubt { end } else { 0 },
+        };
+        Ok((watermark, claims))
     }
 
     fn in_log_order(
@@ -147,6 +167,10 @@ impl Store {
                 continue;
             }
             let claimed = claims.in_log_order(&read, limit, upto)?;
+            if !claimed.is_empty() && !claims.in_doubt {
+                self.mark_in_doubt(true)?;
+                claims.in_doubt = true;
+            }
             if !claimed.is_empty() || claims.next >= end {
                 return Ok(claimed);
             }
@@ -157,6 +181,23 @@ impl Store {
         let complete = rest.take_while(|place| last.is_some() && escrow(*place) == last).count();
         let count = (limit + complete).min(group.len());
         Ok(group.drain(..count).collect())
+    }
+
+    /// Whoever publishes has an acknowledgement for everything it handed over. That is written down, unless some of what a
+    /// process before handed over has none.
+    pub fn nothing_in_doubt(&self) -> Result<(), StoreError> {
+        let mut claims = lock(&self.claims);
+        if claims.in_doubt && self.watermark()? >= claims.doubtful_below {
+            self.mark_in_doubt(false)?;
+            claims.in_doubt = false;
+        }
+        Ok(())
+    }
+
+    fn mark_in_doubt(&self, in_doubt: bool) -> Result<(), StoreError> {
+        let transaction = self.db.begin_write()?;
+        transaction.open_table(MARKS)?.insert(IN_DOUBT, u64::from(in_doubt))?;
+        Ok(transaction.commit()?)
     }
 
     /// Whether what is to be handed out is fewer than a group takes, and about to become more.

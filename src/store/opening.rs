@@ -11,8 +11,8 @@ use redb::{
 };
 
 use super::schema::{
-    ACKNOWLEDGED, BLOCKED, BLOCKS, DIGESTS_FROM, EVENT_LOG, IDENTITY, Identity, Kind, LATE_READS, Life,
-    MARKS, META, PROGRESS, PRUNED_BLOCK, Progress, QUARANTINE, REGISTRY, SCHEMA, STANDING, UNAUDITED,
+    ACKNOWLEDGED, BLOCKED, BLOCKS, DIGESTS_FROM, EVENT_LOG, IDENTITY, IN_DOUBT, Identity, Kind, LATE_READS,
+    Life, MARKS, META, PROGRESS, PRUNED_BLOCK, Progress, QUARANTINE, REGISTRY, SCHEMA, STANDING, UNAUDITED,
     WATERMARK, decode, encode,
 };
 use super::standing::Standing;
@@ -135,7 +135,9 @@ pub(super) fn begin_life(
     let transaction = db.begin_write()?;
     {
         transaction.open_table(META)?.insert(IDENTITY, encode(&life)?.as_slice())?;
-        transaction.open_table(MARKS)?.insert(WATERMARK, 0)?;
+        let mut marks = transaction.open_table(MARKS)?;
+        marks.insert(WATERMARK, 0)?;
+        marks.insert(IN_DOUBT, 0)?;
         transaction.open_table(REGISTRY)?;
         transaction.open_table(EVENT_LOG)?;
         transaction.open_table(BLOCKS)?;

@@ -44,6 +44,8 @@ pub(super) const PRUNED_BLOCK: &str = "pruned_block";
 /// The newest stretch of the log that was handed out escrow by escrow, from its first position to one past its last.
 pub(super) const GROUP_START: &str = "group_start";
 pub(super) const GROUP_END: &str = "group_end";
+/// 0: of what was handed out in the order of the log nothing lacks its acknowledgement. 1, or not there: that is not known.
+pub(super) const IN_DOUBT: &str = "in_doubt";
 
 /// If this store was made of a snapshot: the highest number there was of one then.
 pub(super) const RESTORED_FROM: &str = "restored_from";

@@ -73,11 +73,11 @@ pub struct Message {
 
 impl Message {
     /// The message that an entry of the log is.
-    pub fn of(entry: &Entry, chain_id: u64, ordering: config::Ordering) -> Self {
+    pub fn of(entry: Entry, chain_id: u64, ordering: config::Ordering) -> Self {
         Self {
             ordering_key: lane::ordering_key(&entry.escrow, ordering),
             attributes: entry.attributes(chain_id).pairs(),
-            data: Bytes::copy_from_slice(&entry.body),
+            data: entry.body.into(),
         }
     }
 
@@ -179,8 +179,8 @@ pub struct Publisher<S> {
     acknowledged_at: Option<Instant>,
     /// Messages refused for the first time, to be noted in the store: position, lane and reason.
     refused: Vec<(u64, String, String)>,
-    /// Whether it publishes what waits, or only what it is ordered to send again.
-    claims: bool,
+    /// Whether it publishes only what it is ordered to send again, and not what waits.
+    only_ordered: bool,
     /// Entries that are being read.
     claiming: OnDisk<Vec<(LaneId, Item)>>,
     orders: Option<mpsc::Receiver<Order>>,
@@ -228,7 +228,7 @@ impl<S: Sink> Publisher<S> {
             acknowledged: Vec::new(),
             acknowledged_at: None,
             refused: Vec::new(),
-            claims: true,
+            only_ordered: false,
             claiming: None,
             orders: None,
             pending: VecDeque::new(),
@@ -310,7 +310,7 @@ impl<S: Sink> Publisher<S> {
 
     /// Whether entries wait that it has not claimed.
     fn has_more(&self) -> bool {
-        self.claims && !self.store.all_claimed()
+        !self.only_ordered && !self.store.all_claimed()
     }
 
     /// Whether nothing is left to publish but what blocked lanes hold.
@@ -339,7 +339,7 @@ impl<S: Sink> Publisher<S> {
             }
         }
         if self.outstanding == 0 {
-            on_disk(&self.store, Store::nothing_in_doubt).await?;
+            on_disk(&self.store, Store::note_nothing_in_doubt).await?;
         }
         Ok(())
     }
@@ -369,13 +369,19 @@ impl<S: Sink> Publisher<S> {
             };
             let chain_id = store.identity().chain_id;
             let item = |Claimed { position, entry }| {
-                let message = Arc::new(Message::of(&entry, chain_id, ordering));
-                (LaneId::of(&entry, ordering, sequential), Item { position, message, replaying: None })
+                let id = LaneId::of(&entry, ordering, sequential);
+                (
+                    id,
+                    Item {
+                        position,
+                        message: Arc::new(Message::of(entry, chain_id, ordering)),
+                        replaying: None,
+                    },
+                )
             };
             Ok(claimed?.into_iter().map(item).collect())
         };
-        let store = Arc::clone(&self.store);
-        self.claiming = Some((limit, Box::pin(async move { on_disk(&store, claim).await })));
+        self.claiming = Some((limit, Box::pin(on_disk(&self.store, claim))));
     }
 
     fn claimed(&mut self, items: Vec<(LaneId, Item)>) {
@@ -389,10 +395,6 @@ impl<S: Sink> Publisher<S> {
             return false;
         }
         *self.gathering_until.get_or_insert_with(|| Instant::now() + GATHER) > Instant::now()
-    }
-
-    fn message(&self, entry: &Entry) -> Message {
-        Message::of(entry, self.store.identity().chain_id, self.ordering)
     }
 
     /// Messages claimed, or being claimed, whose acknowledgement is not committed.
@@ -522,9 +524,12 @@ impl<S: Sink> Publisher<S> {
     }
 
     fn finished(&mut self, finished: Result<Finished, JoinError>) -> Result<(), PublishError> {
-        // Runs are cancelled with their publisher only.
-        let panicked = |error: JoinError| std::panic::resume_unwind(error.into_panic());
-        let (id, sent, receipt) = finished.unwrap_or_else(panicked);
+        let (id, sent, receipt) = match finished.map_err(JoinError::try_into_panic) {
+            Ok(finished) => finished,
+            Err(Ok(panicked)) => std::panic::resume_unwind(panicked),
+            // The process ends, and nothing was heard of the run.
+            Err(Err(_)) => return Ok(()),
+        };
         let lane = self.lanes.get_mut(&id).expect("a lane with a run under way exists");
         let done = lane.finish_run(receipt.acknowledged);
         self.held -= done.len();
@@ -676,10 +681,10 @@ impl<S: Sink> Publisher<S> {
         self.acknowledged_at = None;
         let positions = std::mem::take(&mut self.acknowledged);
         let refused = std::mem::take(&mut self.refused);
-        let (count, store) = (positions.len(), Arc::clone(&self.store));
+        let (count, began) = (positions.len(), Instant::now());
+        let committing = on_disk(&self.store, move |store| store.settle(positions, &refused));
         let commit = async move {
-            let began = Instant::now();
-            let committed = on_disk(&store, move |store| store.settle(positions, &refused)).await;
+            let committed = committing.await;
             metrics::commit_took("acknowledgements", began.elapsed());
             committed
         };

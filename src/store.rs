@@ -304,14 +304,14 @@ impl Store {
         let late_reads = Mutex::new(late::load(&db)?);
         let read = db.begin_read()?;
         let registry = Registry::load(&read.open_table(REGISTRY)?)?;
-        let (watermark, claims) = Claims::load(&read, progress.next_position)?;
+        let claims = Claims::load(&read, progress.next_position)?;
         let mut acknowledged_above = 0;
         for run in read.open_table(ACKNOWLEDGED)?.iter()? {
             let (start, end) = run?;
             acknowledged_above += end.value() - start.value();
         }
         drop(read);
-        let waiting = progress.next_position - watermark - acknowledged_above;
+        let waiting = progress.next_position - claims.next - acknowledged_above;
         Ok(Self {
             db,
             identity: life.identity,
@@ -584,24 +584,36 @@ pub fn suits(path: &Path) -> Result<(), StoreError> {
     }
 }
 
-/// Runs a store operation off the async threads: it waits for the disk.
-pub(crate) async fn on_disk<T: Send + 'static>(
+/// Runs a store operation off the async threads, from now on: it waits for the disk.
+pub(crate) fn on_disk<T, W>(
     store: &Arc<Store>,
-    work: impl FnOnce(&Store) -> Result<T, StoreError> + Send + 'static,
-) -> Result<T, StoreError> {
+    work: W,
+) -> impl Future<Output = Result<T, StoreError>> + use<T, W>
+where
+    T: Send + 'static,
+    W: FnOnce(&Store) -> Result<T, StoreError> + Send + 'static,
+{
     let store = Arc::clone(store);
-    on_thread(move || work(&store)).await
+    on_thread(move || work(&store))
 }
 
-/// Does what takes a while on a thread that nobody waits for the network on. A panic there goes on here.
-pub(crate) async fn on_thread<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(result) => result,
-        Err(error) => match error.try_into_panic() {
-            Ok(panicked) => std::panic::resume_unwind(panicked),
-            // The process ends: whoever waits ends with it.
-            Err(_) => std::future::pending().await,
-        },
+/// Does what takes a while on a thread that nobody waits for the network on, from now on. A panic there goes on in whoever
+/// waits for it.
+pub(crate) fn on_thread<T, W>(work: W) -> impl Future<Output = T> + use<T, W>
+where
+    T: Send + 'static,
+    W: FnOnce() -> T + Send + 'static,
+{
+    let working = tokio::task::spawn_blocking(work);
+    async {
+        match working.await {
+            Ok(result) => result,
+            Err(error) => match error.try_into_panic() {
+                Ok(panicked) => std::panic::resume_unwind(panicked),
+                // The process ends: whoever waits ends with it.
+                Err(_) => std::future::pending().await,
+            },
+        }
     }
 }
 

@@ -285,7 +285,7 @@ impl Desk {
     }
 
     fn message(&self, entry: &Entry) -> Message {
-        Message::of(entry, self.chain_id(), self.config.sink.ordering)
+        Message::of(entry.clone(), self.chain_id(), self.config.sink.ordering)
     }
 
     fn quarantined_row(&self, log: &Quarantined) -> QuarantinedRow {
@@ -355,7 +355,7 @@ fn message_row(entry: &Entry, chain_id: u64, ordering: Ordering) -> MessageRow {
         sequence: entry.sequence,
         block: entry.block_number,
         stored_at: entry.stored_at,
-        size: Message::of(entry, chain_id, ordering).size(),
+        size: Message::of(entry.clone(), chain_id, ordering).size(),
     }
 }
 

@@ -303,15 +303,15 @@ pub struct Attributes {
 
 impl Attributes {
     /// Name and value of each.
-    pub fn pairs(&self) -> Vec<(&'static str, String)> {
+    pub fn pairs(self) -> Vec<(&'static str, String)> {
         let mut pairs = vec![
             ("event_type", self.event_type.clone()),
-            ("event_name", self.event_type.clone()),
+            ("event_name", self.event_type),
             ("chain_id", self.chain_id.to_string()),
             ("contract_address", format!("{:#x}", self.emitter)),
             ("escrow", format!("{:#x}", self.escrow)),
             ("block_number", self.block_number.to_string()),
-            ("event_id", self.event_id.clone()),
+            ("event_id", self.event_id),
             ("sequence", self.sequence.to_string()),
             ("epoch", self.epoch.to_string()),
             ("schema_version", SCHEMA_VERSION.to_string()),

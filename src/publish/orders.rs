@@ -6,7 +6,7 @@ use tokio::sync::{mpsc, oneshot};
 use tracing::info;
 
 use super::lane::{Item, LaneId};
-use super::{PublishError, Publisher, Sink};
+use super::{Message, PublishError, Publisher, Sink};
 use crate::store::{Claimed, on_disk};
 
 /// How many orders may wait to be looked at.
@@ -70,7 +70,7 @@ impl<S: Sink> Publisher<S> {
 
     /// Publishes nothing of its own accord: only what it is ordered to send again.
     pub fn only_ordered(mut self) -> Self {
-        self.claims = false;
+        self.only_ordered = true;
         self
     }
 
@@ -172,7 +172,7 @@ impl<S: Sink> Publisher<S> {
                 replaying.left(position, &blocked(reason));
                 continue;
             }
-            let mut message = self.message(&entry);
+            let mut message = Message::of(entry, self.store.identity().chain_id, self.ordering);
             message.attributes.push(("replay", "true".to_owned()));
             self.enqueue(
                 id,
@@ -212,7 +212,7 @@ impl<S: Sink> Publisher<S> {
     /// Waits for entries to be appended, or for an order.
     pub async fn woken(&mut self) {
         tokio::select! {
-            changed = self.appended.changed(), if self.claims => changed.expect("the store outlives its publisher"),
+            changed = self.appended.changed(), if !self.only_ordered => changed.expect("the store outlives its publisher"),
             order = Self::next_order(&mut self.orders) => self.pending.push_back(order),
         }
     }

@@ -677,7 +677,7 @@ fn in_doubt(sink: &Script, store: &Store) -> usize {
     let waiting = page.entries.iter().filter(|claimed| !acknowledged.contains(claimed.position));
     waiting
         .filter(|claimed| {
-            handed.contains(&name_of(&Message::of(&claimed.entry, 1, config::Ordering::Escrow)))
+            handed.contains(&name_of(&Message::of(claimed.entry.clone(), 1, config::Ordering::Escrow)))
         })
         .count()
 }

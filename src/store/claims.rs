@@ -12,8 +12,8 @@
 //!    all are acknowledged. So a second crash repeats nothing that the first one did not; beside lanes that are blocked,
 //!    which is not known at first, it may.
 //! 3. What a group holds in memory is bounded.
-//! 4. Before entries are handed out in log order it is written down that such ones may be in doubt, until it is known that none
-//!    is: only then a backlog that a process before left is handed out in groups at once.
+//! 4. Before entries leave in log order it is written down that such ones may be in doubt, until it is known that none is. Unless
+//!    it says none, a backlog that a process before left begins with as many entries in log order as can be.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -63,37 +63,32 @@ pub(super) struct Claims {
     pub groups: Groups,
     /// What is left of the group that is handed out.
     group: VecDeque<Claimed>,
-    /// The end of the log when it was opened: a process before may have handed out entries below it.
-    opened_at: u64,
-    /// Entries handed out in log order since then, after the last group that was stored then.
-    in_order: u64,
-    /// A group was made since, or a process before left nothing in doubt: nothing from the next entry on can have been handed
-    /// out before.
-    settled: bool,
-    /// What is written down: entries that were handed out in log order may lack their acknowledgement.
-    in_doubt: bool,
-    /// Those of a process before lie below it.
+    /// Entries below it a process before may have handed to the sink, in log order: all it had, unless it left none in doubt.
     doubtful_below: u64,
+    /// Entries handed out in log order since it was opened, after the last group that was stored then.
+    in_order: u64,
+    /// A group was made since: nothing behind it can have been handed out before.
+    settled: bool,
+    /// What is written down: entries that the sink was handed in log order may lack their acknowledgement.
+    in_doubt: bool,
 }
 
 impl Claims {
-    /// Beginning at the watermark, which comes first, with a log of so many entries.
-    pub fn load(read: &ReadTransaction, end: u64) -> Result<(u64, Self), StoreError> {
+    /// Beginning at the watermark, with a log of so many entries.
+    pub fn load(read: &ReadTransaction, end: u64) -> Result<Self, StoreError> {
         let marks = read.open_table(MARKS)?;
         let watermark = marks.get(WATERMARK)?.map_or(0, |mark| mark.value());
         let in_doubt = marks.get(IN_DOUBT)?.is_none_or(|mark| mark.value() != 0);
-        let claims = Self {
+        Ok(Self {
             next: watermark,
             seen_below: end,
             groups: Groups::default(),
             group: VecDeque::new(),
-            opened_at: end,
-            in_order: 0,
-            settled: !in_doubt,
-            in_doubt,
             doubtful_below: if in_doubt { end } else { 0 },
-        };
-        Ok((watermark, claims))
+            in_order: 0,
+            settled: false,
+            in_doubt,
+        })
     }
 
     fn in_log_order(
@@ -116,7 +111,7 @@ impl Claims {
 
     /// Whether nothing from the next entry on can have been handed out before in log order, blocked lanes aside.
     fn is_settled(&self, max_outstanding: usize) -> bool {
-        self.settled || self.next >= self.opened_at || self.in_order >= max_outstanding as u64
+        self.settled || self.next >= self.doubtful_below || self.in_order >= max_outstanding as u64
     }
 
     fn begin_group(&mut self, group: Group) {
@@ -136,8 +131,8 @@ impl Store {
     }
 
     /// The same, but a backlog escrow by escrow, and then at most `more` entries that make the last escrow's complete.
-    /// `max_outstanding`: what a process before can have handed over in log order without an acknowledgement; so much is
-    /// handed out in that order again before a group is made.
+    /// `max_outstanding`: what a process before can have handed over in log order without an acknowledgement; unless there is
+    /// nothing such, so much is handed out in that order again before a group is made.
     pub fn claim_by_escrow(
         &self,
         limit: usize,
@@ -183,9 +178,9 @@ impl Store {
         Ok(group.drain(..count).collect())
     }
 
-    /// Whoever publishes has an acknowledgement for everything it handed over. That is written down, unless some of what a
-    /// process before handed over has none.
-    pub fn nothing_in_doubt(&self) -> Result<(), StoreError> {
+    /// Whoever publishes has an acknowledgement for everything it handed to the sink, and hands over nothing more of what it
+    /// has claimed. That is written down, unless something that a process before may have handed over has none.
+    pub fn note_nothing_in_doubt(&self) -> Result<(), StoreError> {
         let mut claims = lock(&self.claims);
         if claims.in_doubt && self.watermark()? >= claims.doubtful_below {
             self.mark_in_doubt(false)?;

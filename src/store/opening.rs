@@ -179,7 +179,8 @@ pub(super) fn migrate(db: &Database, life: &mut Life) -> Result<(), StoreError> 
         ..3 => digest_log(&transaction)?,
         // Layout 3 made them otherwise: that the events stand is all that is known of them.
         3 => pack_digests(&transaction, |_| 0)?,
-        4.. => pack_digests(&transaction, |digest| digest)?,
+        4 => pack_digests(&transaction, |digest| digest)?,
+        5.. => {}
     }
     life.schema = SCHEMA;
     transaction.open_table(META)?.insert(IDENTITY, encode(life)?.as_slice())?;

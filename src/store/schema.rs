@@ -44,7 +44,8 @@ pub(super) const PRUNED_BLOCK: &str = "pruned_block";
 /// The newest stretch of the log that was handed out escrow by escrow, from its first position to one past its last.
 pub(super) const GROUP_START: &str = "group_start";
 pub(super) const GROUP_END: &str = "group_end";
-/// 0: of what was handed out in the order of the log nothing lacks its acknowledgement. 1, or not there: that is not known.
+/// Where messages are ordered by escrow. 0: of what was handed to the sink in the order of the log nothing lacks its
+/// acknowledgement. 1, or not there: that is not known.
 pub(super) const IN_DOUBT: &str = "in_doubt";
 
 /// If this store was made of a snapshot: the highest number there was of one then.
@@ -58,8 +59,8 @@ pub(super) const DIGESTS_FROM: &str = "digests_from";
 /// Version of this layout. 1 had no [`LATE_READS`] and no escrow that was [`EscrowState::Joining`]; 2 had no digests, no
 /// [`UNAUDITED`], no escrow that was [`EscrowState::Archived`], and wider rows of escrows, which are still read; 3 had a row in
 /// [`EVENT_LOG`] for each entry, which is still read, too, no [`BLOCKED`], and digests made otherwise; 4 had a row for each
-/// digest.
-pub const SCHEMA: u32 = 5;
+/// digest; 5 had no [`IN_DOUBT`].
+pub const SCHEMA: u32 = 6;
 pub(super) const VALUE_VERSION: u8 = 1;
 const COMPACT_VERSION: u8 = 2;
 /// No value is larger: what a damaged length may make us allocate, in bytes.

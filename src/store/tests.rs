@@ -599,6 +599,9 @@ fn age(path: &Path, schema: u32, epoch: u64, later: &[&str]) {
         }
         transaction.delete_table(STANDING).unwrap();
     }
+    if schema < 6 {
+        transaction.open_table(MARKS).unwrap().remove(schema::IN_DOUBT).unwrap();
+    }
     for table in transaction.list_tables().unwrap().collect::<Vec<_>>() {
         if later.contains(&redb::TableHandle::name(&table)) {
             transaction.delete_table(table).unwrap();
@@ -657,6 +660,28 @@ fn a_file_of_the_fourth_layout_keeps_what_each_event_says() {
     assert_eq!(standing(&store), before);
     assert!(store.db.begin_read().unwrap().open_table(opening::DIGESTS).is_err(), "it is gone");
     assert_eq!(store.compare(everywhere(), &before, vec![]).unwrap().extra, vec![]);
+}
+
+#[test]
+fn of_a_file_of_the_fifth_layout_it_is_not_known_that_nothing_is_in_doubt() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("relayer.redb");
+    let store = Store::open(&path, identity(), Some(1), Added::Read).unwrap();
+    for number in 1..=9u64 {
+        let announced: &[u8] = if number == 1 { &[1, 2] } else { &[] };
+        store.accept(&stretch(block(number, 0), announced, &[1, 2])).unwrap();
+    }
+    let epoch = store.epoch();
+    drop(store);
+    let first = || {
+        let store = Store::open(&path, identity(), None, Added::Leave).unwrap();
+        store.group_by(Groups { backlog: 9, ..Groups::default() });
+        let claimed = store.claim_by_escrow(4, 0, 4).unwrap();
+        claimed.iter().map(|claimed| claimed.position).collect::<Vec<_>>()
+    };
+    age(&path, 5, epoch, &[]);
+    assert_eq!(first(), [0, 1, 2, 3], "in the order of the log");
+    assert_eq!(first(), [0, 1, 2, 3], "as before");
 }
 
 fn claim_all(store: &Store) {

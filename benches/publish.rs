@@ -8,8 +8,9 @@
 
 mod common;
 
+use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::fs;
-use std::num::NonZeroUsize;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -31,8 +32,6 @@ use relayer::store::Stretch;
 const MESSAGES: usize = 20_000;
 const FAR_MESSAGES: usize = 5_000;
 const FAR: Duration = Duration::from_millis(20);
-/// `sink.max_outstanding`, which bounds what may be repeated after a crash: the default, and more.
-const OUTSTANDING: [&str; 2] = ["1000", "20000"];
 const TOPIC: &str = "projects/bench/topics/settlement.events.v1";
 
 /// A store at `path` in which each escrow's messages wait, one a block.
@@ -125,10 +124,12 @@ fn compare(criterion: &mut Criterion, name: &str, broker: Broker, escrows: usize
         };
         runtime.block_on(runtime.spawn(send(publisher.build(), messages))).expect("it sends")
     };
-    let outbox = |max_outstanding: &str| {
+    // `sink.max_outstanding` bounds what may be repeated after a crash: the default, and more.
+    let outbox = |max_outstanding: usize| {
         let path = folder.path().join("relayer.redb");
         fs::copy(&full, &path).expect("there is room");
-        let config = config_to(&broker, "http://localhost", &[("sink.max_outstanding", max_outstanding)]);
+        let max_outstanding = max_outstanding.to_string();
+        let config = config_to(&broker, "http://localhost", &[("sink.max_outstanding", &max_outstanding)]);
         let store = store(&config, &path);
         let sink = runtime.block_on(ConfiguredSink::open(&config.sink)).expect("a client");
         let publisher = Publisher::new(Arc::new(sink), Arc::clone(&store), &config.sink);
@@ -138,22 +139,26 @@ fn compare(criterion: &mut Criterion, name: &str, broker: Broker, escrows: usize
         assert_eq!((store.waiting(), store.watermark().expect("it reads")), (0, messages as u64));
         took
     };
-    let mut measure = |name: &str, run: &dyn Fn() -> Duration| {
+    // How many requests the last run of each took.
+    let requests = RefCell::new(BTreeMap::new());
+    let counted = |name: &'static str, run: &dyn Fn() -> Duration| {
         broker.take_counts();
-        ratios.measure(name, run);
-        let (requests, sent) = broker.take_counts();
-        if let Some(runs) = NonZeroUsize::new(sent / messages) {
-            ratios.say(format!("{name}: {messages} messages in {} requests", requests / runs));
-        }
+        let took = run();
+        requests.borrow_mut().insert(name, broker.take_counts().0);
+        took
     };
-    measure("bare", &|| bare(false));
-    measure("bare_set_up_alike", &|| bare(true));
-    for outstanding in OUTSTANDING {
-        measure(&format!("outbox/{outstanding}"), &|| outbox(outstanding));
+    let [default, more] = ["outbox/1000", "outbox/20000"];
+    ratios.measure_by_turns([
+        ("bare", &mut || counted("bare", &|| bare(false))),
+        (default, &mut || counted(default, &|| outbox(1000))),
+    ]);
+    ratios.measure("bare_set_up_alike", || counted("bare_set_up_alike", &|| bare(true)));
+    ratios.measure(more, || counted(more, &|| outbox(20_000)));
+    for (name, requests) in requests.take() {
+        ratios.say(format!("{name}: {messages} messages in {requests} requests"));
     }
-    let [default, more] = OUTSTANDING.map(|outstanding| format!("outbox/{outstanding}"));
-    ratios.compare(&default, "bare", 1.25);
-    ratios.relate(&more, "bare");
+    ratios.compare(default, "bare", 1.25);
+    ratios.relate(more, "bare");
     ratios.finish();
 }
 

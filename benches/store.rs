@@ -88,31 +88,26 @@ fn ranges(criterion: &mut Criterion) {
     let mut ratios = Ratios::new(criterion, "store/range");
     ratios.measure_for(Duration::from_secs(4));
     ratios.say(format!("{events} events of {} bytes in each commit", bytes / events));
-    ratios.measure(
-        "one_key",
-        in_turns(
-            || {
-                let folder = folder();
-                let database = database(&folder.path().join("floor.redb"));
-                put(&database, 0, &[]);
-                (database, folder)
-            },
-            |(database, _), number| put(database, number as u64, &all),
-        ),
+    let mut one_key = in_turns(
+        || {
+            let folder = folder();
+            let database = database(&folder.path().join("floor.redb"));
+            put(&database, 0, &[]);
+            (database, folder)
+        },
+        |(database, _), number| put(database, number as u64, &all),
     );
-    ratios.measure(
-        "accept",
-        in_turns(
-            || {
-                let folder = folder();
-                let store = store(&config, &folder.path().join("relayer.redb"));
-                // The escrows are known from here on.
-                store.accept(&stretches[0]).expect("it is committed");
-                (store, folder)
-            },
-            |(store, _), number| store.accept(&stretches[number]).expect("it is committed"),
-        ),
+    let mut accept = in_turns(
+        || {
+            let folder = folder();
+            let store = store(&config, &folder.path().join("relayer.redb"));
+            // The escrows are known from here on.
+            store.accept(&stretches[0]).expect("it is committed");
+            (store, folder)
+        },
+        |(store, _), number| store.accept(&stretches[number]).expect("it is committed"),
     );
+    ratios.measure_by_turns([("one_key", &mut one_key), ("accept", &mut accept)]);
     ratios.compare("accept", "one_key", 2.0);
     ratios.finish();
 }

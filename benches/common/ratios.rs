@@ -10,7 +10,7 @@ use criterion::{BenchmarkGroup, Criterion, SamplingMode};
 pub struct Ratios<'c> {
     name: String,
     group: BenchmarkGroup<'c, WallTime>,
-    /// Name, and the seconds of each run.
+    /// Name, and the seconds of each run, or of one of those at a turn.
     rows: Vec<(String, Vec<f64>)>,
     said: Vec<String>,
 }
@@ -34,29 +34,56 @@ impl<'c> Ratios<'c> {
 
     /// `run` does it once and says how long it took: what comes before and after does not count.
     pub fn measure(&mut self, name: &str, mut run: impl FnMut() -> Duration) {
-        let mut seconds = Vec::new();
-        self.group.bench_function(name, |bencher| {
-            bencher.iter_custom(|times| {
-                let runs = (0..times).map(|_| run()).inspect(|took| seconds.push(took.as_secs_f64()));
-                runs.sum()
-            });
-        });
-        self.rows.push((name.to_owned(), seconds));
+        self.measure_by_turns([(name, &mut run)]);
+    }
+
+    /// The same for several that are compared: what the machine does to one meanwhile it does to the others, so that their
+    /// ratio is theirs.
+    pub fn measure_by_turns<const N: usize>(&mut self, sides: [(&str, &mut dyn FnMut() -> Duration); N]) {
+        self.take_turns(
+            1,
+            sides.map(|(name, run)| (name, move |times: u64| (0..times).map(|_| run()).sum())),
+        );
     }
 
     /// The same for what takes too little time to be measured alone.
-    pub fn measure_small<T>(&mut self, name: &str, mut run: impl FnMut() -> T) {
-        let mut seconds = Vec::new();
-        self.group.bench_function(name, |bencher| {
-            bencher.iter_custom(|times| {
-                let began = Instant::now();
-                (0..times).for_each(|_| drop(std::hint::black_box(run())));
-                let took = began.elapsed();
-                seconds.push(took.as_secs_f64() / times as f64);
-                took
+    pub fn measure_small<const N: usize>(&mut self, sides: [(&str, &mut dyn FnMut()); N]) {
+        self.take_turns(
+            100,
+            sides.map(|(name, run)| {
+                (name, move |times: u64| {
+                    let began = Instant::now();
+                    (0..times).for_each(|_| run());
+                    began.elapsed()
+                })
+            }),
+        );
+    }
+
+    /// Each does it so many times at a turn.
+    fn take_turns<const N: usize>(
+        &mut self,
+        at_a_turn: u64,
+        mut sides: [(&str, impl FnMut(u64) -> Duration); N],
+    ) {
+        let mut seconds = [const { Vec::new() }; N];
+        for side in 0..N {
+            self.group.bench_function(sides[side].0, |bencher| {
+                bencher.iter_custom(|times| {
+                    let mut took = [Duration::ZERO; N];
+                    for begin in (0..times).step_by(at_a_turn as usize) {
+                        let now = at_a_turn.min(times - begin);
+                        for (turn, (_, run)) in sides.iter_mut().enumerate() {
+                            let this = run(now);
+                            took[turn] += this;
+                            seconds[turn].push(this.as_secs_f64() / now as f64);
+                        }
+                    }
+                    took[side]
+                });
             });
-        });
-        self.rows.push((name.to_owned(), seconds));
+        }
+        self.rows.extend(sides.iter().map(|(name, _)| (*name).to_owned()).zip(seconds));
     }
 
     /// A line for the end, for what is counted and not timed.

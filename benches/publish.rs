@@ -128,6 +128,8 @@ fn compare(criterion: &mut Criterion, name: &str, broker: Broker, escrows: usize
     let outbox = |max_outstanding: usize| {
         let path = folder.path().join("relayer.redb");
         fs::copy(&full, &path).expect("there is room");
+        // Otherwise the first commit would wait for the copy to be written.
+        fs::File::open(&path).and_then(|file| file.sync_all()).expect("it is written");
         let max_outstanding = max_outstanding.to_string();
         let config = config_to(&broker, "http://localhost", &[("sink.max_outstanding", &max_outstanding)]);
         let store = store(&config, &path);

@@ -49,10 +49,11 @@ pub use claims::Claimed;
 pub(crate) use claims::Groups;
 pub use copy::{Moment, Piece, Restored, restore};
 pub use late::{Added, Imported, LateStretch};
-pub use look::{Acknowledged, Page};
+pub use look::Page;
 pub use opening::fits;
 pub use outbox::{Blocked, LogId};
 pub use registry::{CHUNK, Census, Registry};
+pub use runs::Acknowledged;
 pub use schema::{
     Entry, Escrow, EscrowState, Identity, Kind, LateRead, Quarantined, Refusal, SCHEMA as LAYOUT,
 };

@@ -21,8 +21,8 @@ use std::ops::Range;
 use alloy::primitives::map::AddressMap;
 use redb::{ReadTransaction, ReadableDatabase};
 
-use super::runs::run_end;
-use super::schema::{ACKNOWLEDGED, EVENT_LOG, GROUP_END, GROUP_START, IN_DOUBT, MARKS, WATERMARK};
+use super::runs::Acknowledged;
+use super::schema::{EVENT_LOG, GROUP_END, GROUP_START, IN_DOUBT, MARKS, WATERMARK};
 use super::{Entry, Store, StoreError, lock, log};
 
 /// When a group is made, and how large it becomes.
@@ -115,7 +115,7 @@ impl Claims {
     }
 
     fn begin_group(&mut self, group: Group) {
-        self.group = group.entries.into();
+        self.group = group.entries;
         self.next = group.end;
         self.seen_below = self.seen_below.max(group.end);
         self.in_order = 0;
@@ -247,7 +247,7 @@ pub(super) fn stored_group(read: &ReadTransaction) -> Result<Option<Range<u64>>,
 /// acknowledged stands together in the log, too.
 struct Group {
     /// Those that are not acknowledged.
-    entries: Vec<Claimed>,
+    entries: VecDeque<Claimed>,
     /// One past the last position.
     end: u64,
 }
@@ -261,9 +261,9 @@ impl Group {
         next: u64,
         at_most: usize,
     ) -> Result<Self, StoreError> {
-        let acknowledged = read.open_table(ACKNOWLEDGED)?;
         let mut first: AddressMap<u64> = AddressMap::default();
-        let (mut entries, mut bytes, mut end) = (Vec::new(), 0, positions.end);
+        let (mut entries, mut places, mut bytes, mut end) = (Vec::new(), Vec::new(), 0, positions.end);
+        let acknowledged = Acknowledged::among(read, positions.clone())?;
         for entry in log::entries(&read.open_table(EVENT_LOG)?, positions.clone())? {
             let (position, entry) = entry?;
             bytes += entry.body.len();
@@ -273,23 +273,26 @@ impl Group {
             }
             // Of acknowledged ones, too: the order must not change when more of them are.
             let first = *first.entry(entry.escrow).or_insert(position);
-            if position >= next && run_end(&acknowledged, position)?.is_none() {
+            if position >= next && !acknowledged.contains(position) {
                 // The sequence of an escrow's messages grows with their positions.
-                entries.push(((entry.sequence / TOGETHER, first, position), Claimed { position, entry }));
+                places.push((entry.sequence / TOGETHER, first, entries.len()));
+                entries.push(Some(Claimed { position, entry }));
             }
         }
-        entries.sort_unstable_by_key(|(place, _)| *place);
-        Ok(Self { entries: entries.into_iter().map(|(_, claimed)| claimed).collect(), end })
+        // Not the entries themselves, which are larger.
+        places.sort_unstable();
+        let entries = places.into_iter().filter_map(|(_, _, index)| entries[index].take()).collect();
+        Ok(Self { entries, end })
     }
 }
 
 /// The entries at these positions that are not acknowledged.
 fn unacknowledged(read: &ReadTransaction, positions: Range<u64>) -> Result<Vec<Claimed>, StoreError> {
-    let acknowledged = read.open_table(ACKNOWLEDGED)?;
+    let acknowledged = Acknowledged::among(read, positions.clone())?;
     let mut claimed = Vec::new();
     for entry in log::entries(&read.open_table(EVENT_LOG)?, positions)? {
         let (position, entry) = entry?;
-        if run_end(&acknowledged, position)?.is_none() {
+        if !acknowledged.contains(position) {
             claimed.push(Claimed { position, entry });
         }
     }

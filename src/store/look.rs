@@ -5,15 +5,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Bound;
 
 use alloy::primitives::Address;
-use redb::{ReadableDatabase, ReadableTable};
+use redb::ReadableDatabase;
 
 use super::audit::Place;
-use super::schema::{
-    ACKNOWLEDGED, EVENT_LOG, MARKS, PRUNED_BLOCK, QUARANTINE, REGISTRY, STANDING, UNAUDITED, WATERMARK,
-    decode,
-};
+use super::schema::{EVENT_LOG, MARKS, PRUNED_BLOCK, QUARANTINE, REGISTRY, STANDING, UNAUDITED, decode};
 use super::standing::{count_in, digest_at, standing_in};
-use super::{Claimed, Escrow, Kind, Quarantined, Store, StoreError, log};
+use super::{Acknowledged, Claimed, Escrow, Kind, Quarantined, Store, StoreError, log};
 use crate::event::BlockRange;
 
 /// Bodies in one page, at most, in bytes, unless one alone has more.
@@ -26,26 +23,6 @@ pub struct Page {
     pub entries: Vec<Claimed>,
     /// The position after the last one looked at.
     pub next: Option<u64>,
-}
-
-/// Which entries are acknowledged, as of one moment: everything it says stays true.
-#[derive(Debug)]
-pub struct Acknowledged {
-    watermark: u64,
-    runs: BTreeMap<u64, u64>,
-}
-
-impl Acknowledged {
-    /// Whether the entry at that position was acknowledged by then.
-    pub fn contains(&self, position: u64) -> bool {
-        let run = self.runs.range(..=position).next_back();
-        position < self.watermark || run.is_some_and(|(_, end)| position < *end)
-    }
-
-    /// The first position that may not be.
-    pub fn watermark(&self) -> u64 {
-        self.watermark
-    }
 }
 
 impl Store {
@@ -68,14 +45,7 @@ impl Store {
 
     /// What is acknowledged now.
     pub fn acknowledged(&self) -> Result<Acknowledged, StoreError> {
-        let read = self.db.begin_read()?;
-        let watermark = read.open_table(MARKS)?.get(WATERMARK)?.map_or(0, |mark| mark.value());
-        let mut runs = BTreeMap::new();
-        for run in read.open_table(ACKNOWLEDGED)?.iter()? {
-            let (start, end) = run?;
-            runs.insert(start.value(), end.value());
-        }
-        Ok(Acknowledged { watermark, runs })
+        Acknowledged::among(&self.db.begin_read()?, 0..u64::MAX)
     }
 
     /// At most `limit` rows of the registry, by address, after that one.

@@ -1,9 +1,42 @@
 //! Runs of numbers that stand together: positions acknowledged above the watermark, blocks not audited yet.
 
-use redb::{ReadableTable, Table, WriteTransaction};
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use redb::{ReadTransaction, ReadableTable, Table, WriteTransaction};
 
 use super::StoreError;
 use super::schema::{ACKNOWLEDGED, MARKS, WATERMARK};
+
+/// Which entries are acknowledged, as of one moment: everything it says stays true.
+#[derive(Debug)]
+pub struct Acknowledged {
+    watermark: u64,
+    runs: BTreeMap<u64, u64>,
+}
+
+impl Acknowledged {
+    /// Of these positions.
+    pub(super) fn among(read: &ReadTransaction, positions: Range<u64>) -> Result<Self, StoreError> {
+        let watermark = read.open_table(MARKS)?.get(WATERMARK)?.map_or(0, |mark| mark.value());
+        let table = read.open_table(ACKNOWLEDGED)?;
+        let before = table.range(..positions.start)?.next_back();
+        let runs = before.into_iter().chain(table.range(positions)?);
+        let runs = runs.map(|run| run.map(|(start, end)| (start.value(), end.value())));
+        Ok(Self { watermark, runs: runs.collect::<Result<_, _>>()? })
+    }
+
+    /// Whether the entry at that position was acknowledged by then.
+    pub fn contains(&self, position: u64) -> bool {
+        let run = self.runs.range(..=position).next_back();
+        position < self.watermark || run.is_some_and(|(_, end)| position < *end)
+    }
+
+    /// The first position that may not be.
+    pub fn watermark(&self) -> u64 {
+        self.watermark
+    }
+}
 
 /// Adds positions to the acknowledged runs and moves the watermark over the run that reaches it.
 pub(super) fn acknowledge(transaction: &WriteTransaction, positions: &mut [u64]) -> Result<(), StoreError> {

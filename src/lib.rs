@@ -660,7 +660,7 @@ async fn publish_all<S: Sink>(
         }
         let pause = match step {
             publish::Step::Progress => continue,
-            _ if all_read && rests => return publisher.drain().await,
+            _ if all_read && rests => return Ok(()),
             publish::Step::Idle => None,
             publish::Step::Wait(pause) => Some(pause),
         };

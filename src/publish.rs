@@ -330,11 +330,12 @@ impl<S: Sink> Publisher<S> {
     pub async fn drain(&mut self) -> Result<(), PublishError> {
         loop {
             self.start_commit();
-            if self.in_flight.is_empty() && self.committing.is_none() {
+            if self.in_flight.is_empty() && self.claiming.is_none() && self.committing.is_none() {
                 break;
             }
             tokio::select! {
                 Some(finished) = self.in_flight.join_next() => self.finished(finished)?,
+                (_, claimed) = ended(&mut self.claiming) => drop(claimed?),
                 (count, committed) = ended(&mut self.committing) => self.committed(count, committed)?,
             }
         }

@@ -12,8 +12,8 @@
 //!    all are acknowledged. So a second crash repeats nothing that the first one did not; beside lanes that are blocked,
 //!    which is not known at first, it may.
 //! 3. What a group holds in memory is bounded.
-//! 4. Before entries leave in log order it is written down that such ones may be in doubt, until it is known that none is. Unless
-//!    it says none, a backlog that a process before left begins with as many entries in log order as can be.
+//! 4. Before entries leave in log order it is written down that such ones may be in doubt, until it is known that none is.
+//!    While it is, a backlog that a process before left begins with as many entries in log order as can be in doubt.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -63,7 +63,7 @@ pub(super) struct Claims {
     pub groups: Groups,
     /// What is left of the group that is handed out.
     group: VecDeque<Claimed>,
-    /// Entries below it a process before may have handed to the sink, in log order: all it had, unless it left none in doubt.
+    /// The end of the log when it was opened, if it was written down then that some entries may be in doubt; otherwise 0.
     doubtful_below: u64,
     /// Entries handed out in log order since it was opened, after the last group that was stored then.
     in_order: u64,
@@ -115,7 +115,7 @@ impl Claims {
     }
 
     fn begin_group(&mut self, group: Group) {
-        self.group = group.entries;
+        self.group = group.entries.into();
         self.next = group.end;
         self.seen_below = self.seen_below.max(group.end);
         self.in_order = 0;
@@ -178,8 +178,9 @@ impl Store {
         Ok(group.drain(..count).collect())
     }
 
-    /// Whoever publishes has an acknowledgement for everything it handed to the sink, and hands over nothing more of what it
-    /// has claimed. That is written down, unless something that a process before may have handed over has none.
+    /// To be called when the sink has acknowledged, or refused, all that it was handed in this opening of the store, and when
+    /// nothing more of what is claimed is handed to it. That is written down, unless a process before left something in doubt
+    /// that is not acknowledged yet.
     pub fn note_nothing_in_doubt(&self) -> Result<(), StoreError> {
         let mut claims = lock(&self.claims);
         if claims.in_doubt && self.watermark()? >= claims.doubtful_below {
@@ -247,7 +248,7 @@ pub(super) fn stored_group(read: &ReadTransaction) -> Result<Option<Range<u64>>,
 /// acknowledged stands together in the log, too.
 struct Group {
     /// Those that are not acknowledged.
-    entries: VecDeque<Claimed>,
+    entries: Vec<Claimed>,
     /// One past the last position.
     end: u64,
 }
@@ -262,7 +263,7 @@ impl Group {
         at_most: usize,
     ) -> Result<Self, StoreError> {
         let mut first: AddressMap<u64> = AddressMap::default();
-        let (mut entries, mut places, mut bytes, mut end) = (Vec::new(), Vec::new(), 0, positions.end);
+        let (mut entries, mut bytes, mut end) = (Vec::new(), 0, positions.end);
         let acknowledged = Acknowledged::among(read, positions.clone())?;
         for entry in log::entries(&read.open_table(EVENT_LOG)?, positions.clone())? {
             let (position, entry) = entry?;
@@ -272,16 +273,13 @@ impl Group {
                 break;
             }
             // Of acknowledged ones, too: the order must not change when more of them are.
-            let first = *first.entry(entry.escrow).or_insert(position);
+            first.entry(entry.escrow).or_insert(position);
             if position >= next && !acknowledged.contains(position) {
-                // The sequence of an escrow's messages grows with their positions.
-                places.push((entry.sequence / TOGETHER, first, entries.len()));
-                entries.push(Some(Claimed { position, entry }));
+                entries.push(Claimed { position, entry });
             }
         }
-        // Not the entries themselves, which are larger.
-        places.sort_unstable();
-        let entries = places.into_iter().filter_map(|(_, _, index)| entries[index].take()).collect();
+        // Those of an escrow stay in log order, in which its sequence grows.
+        entries.sort_by_cached_key(|Claimed { entry, .. }| (entry.sequence / TOGETHER, first[&entry.escrow]));
         Ok(Self { entries, end })
     }
 }

@@ -180,7 +180,8 @@ pub(super) fn migrate(db: &Database, life: &mut Life) -> Result<(), StoreError> 
         // Layout 3 made them otherwise: that the events stand is all that is known of them.
         3 => pack_digests(&transaction, |_| 0)?,
         4 => pack_digests(&transaction, |digest| digest)?,
-        5.. => {}
+        // Builds before the layout was raised wrote it, others of them did not know it.
+        5.. => drop(transaction.open_table(MARKS)?.remove(IN_DOUBT)?),
     }
     life.schema = SCHEMA;
     transaction.open_table(META)?.insert(IDENTITY, encode(life)?.as_slice())?;

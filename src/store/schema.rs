@@ -44,7 +44,7 @@ pub(super) const PRUNED_BLOCK: &str = "pruned_block";
 /// The newest stretch of the log that was handed out escrow by escrow, from its first position to one past its last.
 pub(super) const GROUP_START: &str = "group_start";
 pub(super) const GROUP_END: &str = "group_end";
-/// Where messages are ordered by escrow. 0: of what was handed to the sink in the order of the log nothing lacks its
+/// Where messages are ordered by escrow. 0: of what was handed to the sink in the order of the log nothing waits for its
 /// acknowledgement. 1, or not there: that is not known.
 pub(super) const IN_DOUBT: &str = "in_doubt";
 

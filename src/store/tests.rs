@@ -587,7 +587,8 @@ fn many_events_in_one_commit_leave_what_they_leave_in_commits_of_few() {
     assert_eq!(one.waiting(), 4 * few);
 }
 
-/// Makes a file that was written by this layout one of an earlier: without these tables, and with a row for each digest.
+/// Makes a file that was written by this layout one of an earlier: without these tables, and up to layout 4 with a row for
+/// each digest.
 fn age(path: &Path, schema: u32, epoch: u64, later: &[&str]) {
     let db = Database::create(path).unwrap();
     let transaction = db.begin_write().unwrap();
@@ -598,9 +599,6 @@ fn age(path: &Path, schema: u32, epoch: u64, later: &[&str]) {
             digests.insert(place, digest).unwrap();
         }
         transaction.delete_table(STANDING).unwrap();
-    }
-    if schema < 6 {
-        transaction.open_table(MARKS).unwrap().remove(schema::IN_DOUBT).unwrap();
     }
     for table in transaction.list_tables().unwrap().collect::<Vec<_>>() {
         if later.contains(&redb::TableHandle::name(&table)) {

@@ -280,7 +280,7 @@ impl<S: Sink> Publisher<S> {
         }
         let gathering = self.gathering_until.filter(|until| *until > Instant::now());
         let next_try = [self.next_try(), gathering, folding].into_iter().flatten().min();
-        if self.in_flight.is_empty() && self.committing.is_none() && self.claiming.is_none() {
+        if self.is_at_rest() {
             return Ok(match next_try {
                 _ if !permitted => Step::Wait(UNPERMITTED),
                 _ if gathering.is_none() && self.has_more() && self.has_room() => Step::Progress,
@@ -308,6 +308,11 @@ impl<S: Sink> Publisher<S> {
         Ok(Step::Progress)
     }
 
+    /// Whether nothing is under way, at the sink or on the disk.
+    fn is_at_rest(&self) -> bool {
+        self.in_flight.is_empty() && self.claiming.is_none() && self.committing.is_none()
+    }
+
     /// Whether entries wait that it has not claimed.
     fn has_more(&self) -> bool {
         !self.only_ordered && !self.store.all_claimed()
@@ -315,9 +320,11 @@ impl<S: Sink> Publisher<S> {
 
     /// Whether nothing is left to publish but what blocked lanes hold.
     pub fn is_drained(&self) -> bool {
-        let rests = self.in_flight.is_empty() && self.claiming.is_none() && self.committing.is_none();
         let done = self.acknowledged.is_empty() && self.refused.is_empty() && self.pending.is_empty();
-        rests && done && self.blocked.len() == self.lanes.len() && (!self.has_more() || self.said_full)
+        self.is_at_rest()
+            && done
+            && self.blocked.len() == self.lanes.len()
+            && (!self.has_more() || self.said_full)
     }
 
     /// Lanes whose first message is refused, with the reason.
@@ -330,7 +337,7 @@ impl<S: Sink> Publisher<S> {
     pub async fn drain(&mut self) -> Result<(), PublishError> {
         loop {
             self.start_commit();
-            if self.in_flight.is_empty() && self.claiming.is_none() && self.committing.is_none() {
+            if self.is_at_rest() {
                 break;
             }
             tokio::select! {
@@ -371,14 +378,8 @@ impl<S: Sink> Publisher<S> {
             let chain_id = store.identity().chain_id;
             let item = |Claimed { position, entry }| {
                 let id = LaneId::of(&entry, ordering, sequential);
-                (
-                    id,
-                    Item {
-                        position,
-                        message: Arc::new(Message::of(entry, chain_id, ordering)),
-                        replaying: None,
-                    },
-                )
+                let message = Arc::new(Message::of(entry, chain_id, ordering));
+                (id, Item { position, message, replaying: None })
             };
             Ok(claimed?.into_iter().map(item).collect())
         };

@@ -64,10 +64,10 @@ use claims::Claims;
 use fork::{Fate, doomed, forget_final, log_end, newest_final};
 use lanes::{Entries, Lanes, Recent};
 use opening::{begin_life, builder, compare, create, migrate, open_error, read_life};
-use runs::{acknowledge, add_run, cut_runs};
+use runs::{acknowledge, add_run, cut_runs, watermark};
 use schema::{
     ACKNOWLEDGED, BLOCKS, EVENT_LOG, MARKS, META, PROGRESS, Progress, QUARANTINE, REGISTRY, Remembered,
-    STANDING, UNAUDITED, WATERMARK, decode, encode,
+    STANDING, UNAUDITED, decode, encode,
 };
 use standing::Standing;
 
@@ -568,7 +568,7 @@ impl Store {
     /// Every entry below it is acknowledged.
     pub fn watermark(&self) -> Result<u64, StoreError> {
         let read = self.db.begin_read()?;
-        Ok(read.open_table(MARKS)?.get(WATERMARK)?.map_or(0, |mark| mark.value()))
+        watermark(&read.open_table(MARKS)?)
     }
 
     /// How many entries the log holds.

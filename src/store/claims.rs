@@ -21,8 +21,8 @@ use std::ops::Range;
 use alloy::primitives::map::AddressMap;
 use redb::{ReadTransaction, ReadableDatabase};
 
-use super::runs::Acknowledged;
-use super::schema::{EVENT_LOG, GROUP_END, GROUP_START, IN_DOUBT, MARKS, WATERMARK};
+use super::runs::{Acknowledged, watermark};
+use super::schema::{EVENT_LOG, GROUP_END, GROUP_START, IN_DOUBT, MARKS};
 use super::{Entry, Store, StoreError, lock, log};
 
 /// When a group is made, and how large it becomes.
@@ -77,10 +77,9 @@ impl Claims {
     /// Beginning at the watermark, with a log of so many entries.
     pub fn load(read: &ReadTransaction, end: u64) -> Result<Self, StoreError> {
         let marks = read.open_table(MARKS)?;
-        let watermark = marks.get(WATERMARK)?.map_or(0, |mark| mark.value());
         let in_doubt = marks.get(IN_DOUBT)?.is_none_or(|mark| mark.value() != 0);
         Ok(Self {
-            next: watermark,
+            next: watermark(&marks)?,
             seen_below: end,
             groups: Groups::default(),
             group: VecDeque::new(),
@@ -163,8 +162,7 @@ impl Store {
             }
             let claimed = claims.in_log_order(&read, limit, upto)?;
             if !claimed.is_empty() && !claims.in_doubt {
-                self.mark_in_doubt(true)?;
-                claims.in_doubt = true;
+                self.mark_in_doubt(&mut claims, true)?;
             }
             if !claimed.is_empty() || claims.next >= end {
                 return Ok(claimed);
@@ -184,16 +182,17 @@ impl Store {
     pub fn note_nothing_in_doubt(&self) -> Result<(), StoreError> {
         let mut claims = lock(&self.claims);
         if claims.in_doubt && self.watermark()? >= claims.doubtful_below {
-            self.mark_in_doubt(false)?;
-            claims.in_doubt = false;
+            self.mark_in_doubt(&mut claims, false)?;
         }
         Ok(())
     }
 
-    fn mark_in_doubt(&self, in_doubt: bool) -> Result<(), StoreError> {
+    fn mark_in_doubt(&self, claims: &mut Claims, in_doubt: bool) -> Result<(), StoreError> {
         let transaction = self.db.begin_write()?;
         transaction.open_table(MARKS)?.insert(IN_DOUBT, u64::from(in_doubt))?;
-        Ok(transaction.commit()?)
+        transaction.commit()?;
+        claims.in_doubt = in_doubt;
+        Ok(())
     }
 
     /// Whether what is to be handed out is fewer than a group takes, and about to become more.
@@ -220,8 +219,7 @@ impl Store {
         let end = lock(&self.progress).next_position;
         let read = self.db.begin_read()?;
         // The watermark may have passed runs acknowledged in an earlier life: their rows no longer say so.
-        let watermark = read.open_table(MARKS)?.get(WATERMARK)?.map_or(0, |mark| mark.value());
-        claims.next = claims.next.max(watermark);
+        claims.next = claims.next.max(watermark(&read.open_table(MARKS)?)?);
         Ok((read, end.max(claims.next)))
     }
 

@@ -9,9 +9,9 @@ use super::audit::Place;
 use super::lanes::Lanes;
 use super::late::{LateStretch, append, load, put_late};
 use super::opening::now_micros;
-use super::runs::{acknowledge, run_end};
+use super::runs::{acknowledge, run_end, watermark};
 use super::schema::{
-    ACKNOWLEDGED, BLOCKED, LATE_READS, LateRead, MARKS, QUARANTINE, Refusal, WATERMARK, decode, encode,
+    ACKNOWLEDGED, BLOCKED, LATE_READS, LateRead, MARKS, QUARANTINE, Refusal, decode, encode,
 };
 use super::{Claimed, Quarantined, Store, StoreError, lock, write_progress};
 use crate::event::{BlockRef, event_id};
@@ -153,7 +153,7 @@ impl Quarantined {
 
 /// Whether an entry was acknowledged before.
 fn is_acknowledged(transaction: &WriteTransaction, position: u64) -> Result<bool, StoreError> {
-    let watermark = transaction.open_table(MARKS)?.get(WATERMARK)?.map_or(0, |mark| mark.value());
+    let watermark = watermark(&transaction.open_table(MARKS)?)?;
     Ok(position < watermark || run_end(&transaction.open_table(ACKNOWLEDGED)?, position)?.is_some())
 }
 

@@ -4,7 +4,8 @@ use redb::{ReadableDatabase, ReadableTable};
 
 use super::claims::stored_group;
 use super::opening::now_micros;
-use super::schema::{EVENT_LOG, MARKS, PRUNED_BLOCK, WATERMARK};
+use super::runs::watermark;
+use super::schema::{EVENT_LOG, MARKS, PRUNED_BLOCK};
 use super::{Store, StoreError, lock, log};
 
 impl Store {
@@ -21,7 +22,7 @@ impl Store {
         let mut upto = lock(&self.claims).next;
         let stored_before = (now_micros() / 1_000_000).saturating_sub(retention);
         let read = self.db.begin_read()?;
-        let watermark = read.open_table(MARKS)?.get(WATERMARK)?.map_or(0, |mark| mark.value());
+        let watermark = watermark(&read.open_table(MARKS)?)?;
         // Nor of a group that is handed out: where its escrows begin says in which order.
         if let Some(group) = stored_group(&read)?.filter(|group| group.contains(&watermark)) {
             upto = upto.min(group.start);

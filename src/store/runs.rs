@@ -18,7 +18,7 @@ pub struct Acknowledged {
 impl Acknowledged {
     /// Of these positions.
     pub(super) fn among(read: &ReadTransaction, positions: Range<u64>) -> Result<Self, StoreError> {
-        let watermark = read.open_table(MARKS)?.get(WATERMARK)?.map_or(0, |mark| mark.value());
+        let watermark = watermark(&read.open_table(MARKS)?)?;
         let table = read.open_table(ACKNOWLEDGED)?;
         let before = table.range(..positions.start)?.next_back();
         let runs = before.into_iter().chain(table.range(positions)?);
@@ -38,6 +38,11 @@ impl Acknowledged {
     }
 }
 
+/// Every entry below it is acknowledged.
+pub(super) fn watermark(marks: &impl ReadableTable<&'static str, u64>) -> Result<u64, StoreError> {
+    Ok(marks.get(WATERMARK)?.map_or(0, |mark| mark.value()))
+}
+
 /// Adds positions to the acknowledged runs and moves the watermark over the run that reaches it.
 pub(super) fn acknowledge(transaction: &WriteTransaction, positions: &mut [u64]) -> Result<(), StoreError> {
     positions.sort_unstable();
@@ -50,7 +55,7 @@ pub(super) fn acknowledge(transaction: &WriteTransaction, positions: &mut [u64])
         add_run(&mut runs, start, start + length as u64)?;
         rest = &rest[length..];
     }
-    let watermark = marks.get(WATERMARK)?.map_or(0, |mark| mark.value());
+    let watermark = watermark(&marks)?;
     let reached = runs.get(watermark)?.map(|end| end.value());
     if let Some(end) = reached {
         runs.remove(watermark)?;

@@ -2,8 +2,8 @@
 
 use redb::{ReadableDatabase, ReadableTableMetadata};
 
-use super::runs::run_end;
-use super::schema::{ACKNOWLEDGED, EVENT_LOG, Entry, LateRead, MARKS, QUARANTINE, WATERMARK};
+use super::runs::{run_end, watermark};
+use super::schema::{ACKNOWLEDGED, EVENT_LOG, Entry, LateRead, MARKS, QUARANTINE};
 use super::{Store, StoreError, lock, log};
 
 /// Entries not acknowledged that are looked through for the oldest that waits, at most.
@@ -19,7 +19,7 @@ impl Store {
     pub fn oldest_waiting_but(&self, left_out: impl Fn(&Entry) -> bool) -> Result<Option<Entry>, StoreError> {
         let read = self.db.begin_read()?;
         let acknowledged = read.open_table(ACKNOWLEDGED)?;
-        let watermark = read.open_table(MARKS)?.get(WATERMARK)?.map_or(0, |mark| mark.value());
+        let watermark = watermark(&read.open_table(MARKS)?)?;
         let log = read.open_table(EVENT_LOG)?;
         let (mut entries, mut looked_through) = (log::entries(&log, watermark..u64::MAX)?, 0);
         while let Some(entry) = entries.next() {
